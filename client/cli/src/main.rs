@@ -1,0 +1,3 @@
+//! The holdfast command: init, serve, ls, stat, cat, cp, doctor.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The Holdfast client library: sessions, opens, bindings, regions, reads and writes.

@@ -1,0 +1,1 @@
+//! The control plane process: authenticates, opens files, issues resume keys, decides every conflict.

@@ -1,0 +1,3 @@
+//! The data plane process: binds handles to registered memory and moves bytes; never decides policy.
+
+fn main() {}

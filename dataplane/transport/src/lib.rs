@@ -1,0 +1,1 @@
+//! One small trait over verbs, tcp and memory: Send, Recv, Place, Fetch on registered memory.

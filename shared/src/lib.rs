@@ -1,0 +1,1 @@
+//! The pure core of Holdfast: types, wire formats, authentication, the authority. No I/O, clock, thread or unsafe.
