@@ -1,1 +1,20 @@
-//! The pure core of Holdfast: types, wire formats, authentication, the authority. No I/O, clock, thread or unsafe.
+//! The pure core of Holdfast.
+//!
+//! Everything here is deterministic: no I/O, no clock, no thread, no `unsafe`. Time and randomness come in
+//! as arguments, so that the simulator and the tests run the very code that ships.
+//!
+//! ```text
+//!   types   ids, access, ranges, region descriptors, status        (nouns)
+//!   wire    data-plane frames, control messages, link messages     (bytes <-> nouns)
+//!   auth    resume keys, key schedule, transcripts, frame MACs     (who may)
+//!   state   the authority: the open table and its rules            (what happens)
+//! ```
+//!
+//! `state` may use all the others, `auth` and `wire` use `types`, and nothing points back.
+
+#![forbid(unsafe_code)]
+
+pub mod auth;
+pub mod state;
+pub mod types;
+pub mod wire;

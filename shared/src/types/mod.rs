@@ -1,0 +1,19 @@
+//! The nouns of Holdfast: ids, access and share modes, ranges, region descriptors, status.
+
+mod access;
+mod ids;
+mod limits;
+mod path;
+mod range;
+mod region;
+mod status;
+mod time;
+
+pub use access::{Access, Disposition, ShareMode, conflicts};
+pub use ids::{BindingId, ClusterId, CreateId, HandleId, OpenId, ProcessId, SessionId, VolumeId};
+pub use limits::*;
+pub use path::{PathError, VolumePath};
+pub use range::{ByteRange, RangeError};
+pub use region::RegionDescriptor;
+pub use status::Status;
+pub use time::{FileTime, Timestamp};

@@ -1,0 +1,202 @@
+//! Link messages: what dataplane and control say to each other over their Unix socket, one message a packet.
+//!
+//! ```text
+//!   dataplane                                control
+//!      │ Register(service blob) ───────────────► │
+//!      │ ◄───────────────────────── Registered   │
+//!      │ Redeem(resume key, challenge, proof) ─► │  checks, duplicates
+//!      │ ◄────── Redeemed + descriptor (SCM_RIGHTS)
+//!      │ ◄──────────────────── Fence(binding)    │
+//!      │ Fenced(binding) ──────────────────────► │  only now may a conflicting request be granted
+//!      │ Released(binding) ────────────────────► │  the client unbound, or its channel ended
+//! ```
+//!
+//! Control names bindings on the link by a number of its own ([`LinkBinding`]); the number in data frames is
+//! dataplane's affair.
+
+use crate::auth::{ChannelIdentity, MacPolicy};
+use crate::types::{Access, HandleId, OpenId, Status};
+use minicbor::{Decode, Encode};
+
+/// The version of these messages. Both processes come from one build, so it must be equal.
+pub const VERSION: u8 = 1;
+
+/// A binding's number on the link, given by control; unique while control runs.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Encode, Decode)]
+#[cbor(transparent)]
+pub struct LinkBinding(#[n(0)] pub u64);
+
+/// From dataplane to control.
+#[derive(Clone, PartialEq, Debug, Encode, Decode)]
+pub enum ToControl {
+    /// First message.
+    #[n(0)]
+    Register(#[n(0)] Register),
+    /// A client's bind request, carried unread.
+    #[n(1)]
+    Redeem(#[n(0)] Redeem),
+    /// The binding is fenced: no I/O of it is under way, none will begin, its descriptor is closed.
+    #[n(2)]
+    Fenced(#[n(0)] Fence),
+    /// The binding ended by the client's wish or with its channel; its descriptor is closed.
+    #[n(3)]
+    Released(#[n(0)] LinkBinding),
+    /// Answer to `GetGauges`.
+    #[n(4)]
+    Gauges(#[n(0)] Gauges),
+}
+
+/// From control to dataplane.
+#[derive(Clone, PartialEq, Debug, Encode, Decode)]
+pub enum ToDataplane {
+    /// Answer to `Register`.
+    #[n(0)]
+    Registered(#[n(0)] Registered),
+    /// Answer to `Redeem`; with status `Ok` the packet carries one descriptor.
+    #[n(1)]
+    Redeemed(#[n(0)] Redeemed),
+    /// Stop a binding's I/O and say so.
+    #[n(2)]
+    Fence(#[n(0)] Fence),
+    /// Ask for gauges.
+    #[n(3)]
+    GetGauges(#[n(0)] u64),
+}
+
+/// See [`ToControl::Register`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Register {
+    /// [`VERSION`].
+    #[n(0)]
+    pub version: u8,
+    /// See [`crate::wire::service::ServiceBlob`].
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub service_blob: Vec<u8>,
+}
+
+/// See [`ToDataplane::Registered`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Registered {
+    /// `Ok`, or why not; then control ends the link.
+    #[n(0)]
+    pub status: Status,
+}
+
+/// See [`ToControl::Redeem`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Redeem {
+    /// Pairs the answer with the request.
+    #[n(0)]
+    pub id: u64,
+    /// As the client sent it.
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub resume_key: Vec<u8>,
+    /// The client's challenge.
+    #[cbor(n(2), with = "minicbor::bytes")]
+    pub client_challenge: [u8; 32],
+    /// The nonce dataplane gave this channel for this bind.
+    #[cbor(n(3), with = "minicbor::bytes")]
+    pub server_nonce: [u8; 32],
+    /// The client's proof.
+    #[cbor(n(4), with = "minicbor::bytes")]
+    pub proof: [u8; 32],
+    /// What dataplane itself sees of the channel.
+    #[n(5)]
+    pub channel: ChannelIdentity,
+    /// Access wanted.
+    #[n(6)]
+    pub access: Access,
+    /// Policy the client named.
+    #[n(7)]
+    pub policy: MacPolicy,
+    /// Where the client comes from, for the operator.
+    #[n(8)]
+    pub peer: String,
+}
+
+/// See [`ToDataplane::Redeemed`].
+#[derive(Clone, PartialEq, Debug, Encode, Decode)]
+pub struct Redeemed {
+    /// The request's number.
+    #[n(0)]
+    pub id: u64,
+    /// What was granted, or why not.
+    #[n(1)]
+    pub result: RedeemResult,
+}
+
+/// See [`Redeemed`].
+#[derive(Clone, PartialEq, Debug, Encode, Decode)]
+pub enum RedeemResult {
+    /// Refused.
+    #[n(0)]
+    Refused(#[n(0)] Status),
+    /// Granted; the descriptor comes with the packet.
+    #[n(1)]
+    Granted(#[n(0)] Grant),
+}
+
+/// A granted bind.
+#[derive(Clone, PartialEq, Debug, Encode, Decode)]
+pub struct Grant {
+    /// The binding's number on the link.
+    #[n(0)]
+    pub binding: LinkBinding,
+    /// The open, for the operator.
+    #[n(1)]
+    pub open: OpenId,
+    /// The new handle.
+    #[n(2)]
+    pub handle: HandleId,
+    /// Fencing epoch.
+    #[n(3)]
+    pub epoch: u64,
+    /// Access granted.
+    #[n(4)]
+    pub access: Access,
+    /// Policy in force.
+    #[n(5)]
+    pub policy: MacPolicy,
+    /// Control's proof, for the client to check.
+    #[cbor(n(6), with = "minicbor::bytes")]
+    pub proof: [u8; 32],
+    /// The channel keys; secret.
+    #[n(7)]
+    pub keys: crate::auth::ChannelKeys,
+}
+
+/// See [`ToDataplane::Fence`] and [`ToControl::Fenced`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Fence {
+    /// The binding.
+    #[n(0)]
+    pub binding: LinkBinding,
+    /// The epoch that ends.
+    #[n(1)]
+    pub epoch: u64,
+    /// What the client is told.
+    #[n(2)]
+    pub reason: Status,
+}
+
+/// A named value, for the operator.
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Gauge {
+    /// Its name, `snake_case`, unit last.
+    #[n(0)]
+    pub name: String,
+    /// Its value.
+    #[n(1)]
+    pub value: u64,
+}
+
+/// See [`ToControl::Gauges`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Gauges {
+    /// The request's number.
+    #[n(0)]
+    pub id: u64,
+    /// All gauges.
+    #[n(1)]
+    pub gauges: Vec<Gauge>,
+}
