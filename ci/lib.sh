@@ -9,9 +9,6 @@ TARGET_DIR=${CARGO_TARGET_DIR:-$REPO/target}
 export REPO TARGET_DIR
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
 
-# Crates that no lint or test may touch the network for: the lock file decides.
-CARGO_FLAGS=(--locked)
-
 say() { echo "==> $*"; }
 warn() { echo "warning: $*" >&2; }
 
@@ -68,10 +65,7 @@ find_libclang() {
 if [ -z "${LIBCLANG_PATH:-}" ] && LIBCLANG_PATH=$(find_libclang); then
 	export LIBCLANG_PATH
 	# Its own headers, not those of a newer clang on the PATH.
-	for clang in "${LIBCLANG_PATH%/lib}/bin/clang"; do
-		[ ! -x "$clang" ] || export CLANG_PATH=${CLANG_PATH:-$clang}
-	done
-	unset clang
+	[ ! -x "${LIBCLANG_PATH%/lib}/bin/clang" ] || export CLANG_PATH=${CLANG_PATH:-${LIBCLANG_PATH%/lib}/bin/clang}
 fi
 [ -n "${LIBCLANG_PATH:-}" ] || unset LIBCLANG_PATH
 

@@ -5,9 +5,10 @@
 #   host_usable      may this route be taken? Else host_reason says why not. Changes nothing but loaded modules.
 #   run_on_host      runs a command with HOLDFAST_RXE_ADDR set, and removes what was made
 
-host_reason=
+# shellcheck disable=SC2034 # ci/rxe prints it
+host_reason=''
 host_link=hfrxe0 host_veth=hfveth0 host_peer=hfveth1 host_address=198.18.73.1
-made_link=
+made_link=''
 
 # device_address: the IPv4 address of the first RDMA device whose port is active; fails if there is none.
 device_address() {
@@ -36,15 +37,17 @@ try_extra_modules() {
 
 host_usable() {
 	if device_address >/dev/null; then return 0; fi
-	if ! can_be_root; then host_reason="no RDMA device, and no root to make one"; return 1; fi
+	host_reason="no RDMA device, and no root to make one"
+	can_be_root || return 1
 	try_extra_modules
-	if ! has_module rdma_rxe; then host_reason="the kernel $(uname -r) has no rdma_rxe"; return 1; fi
-	if ! have rdma || ! have ip; then host_reason="iproute2 is not installed"; return 1; fi
+	host_reason="the kernel $(uname -r) has no rdma_rxe"
+	has_module rdma_rxe || return 1
+	host_reason="iproute2 or rdmacm-utils is not installed: ci/setup"
+	have rdma && have ip && have rping || return 1
 	# A trial: some kernels have the module and refuse the link, or lack what user space needs.
-	if ! (trap remove_link EXIT; make_link && proves_itself) >/dev/null 2>&1; then
-		host_reason="rdma_rxe is there, but a trial connection over it failed"
-		return 1
-	fi
+	# shellcheck disable=SC2034 # as above
+	host_reason="rdma_rxe is there, but a trial connection over it failed"
+	(trap remove_link EXIT; make_link && proves_itself) >/dev/null 2>&1
 }
 
 make_link() {
@@ -59,8 +62,7 @@ make_link() {
 	as_root ip link set "$host_veth" up || return
 	as_root ip link set "$host_peer" up || return
 	as_root rdma link add "$host_link" type rxe netdev "$host_veth" || return
-	local i
-	for i in {1..50}; do
+	for _ in {1..50}; do
 		[ ! -c /dev/infiniband/rdma_cm ] || device_address >/dev/null && return
 		sleep 0.1
 	done
@@ -77,7 +79,6 @@ remove_link() {
 # proves_itself: one ping through the connection manager and a queue pair.
 proves_itself() {
 	local address server rc=0
-	have rping || return
 	address=$(device_address) || return
 	timeout 10 rping -s -a "$address" -p 7471 -C 1 &
 	server=$!
