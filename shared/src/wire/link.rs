@@ -133,7 +133,7 @@ pub enum RedeemResult {
     Refused(#[n(0)] Status),
     /// Granted; the descriptor comes with the packet.
     #[n(1)]
-    Granted(#[n(0)] Grant),
+    Granted(#[n(0)] Box<Grant>),
 }
 
 /// A granted bind.

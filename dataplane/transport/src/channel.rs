@@ -1,0 +1,265 @@
+//! The trait, its operations and their completions.
+
+use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::types::RegionDescriptor;
+use holdfast_shared::wire::service::TransportKind;
+use holdfast_verbs::memory::{Buffer, Pool, Region};
+use std::any::Any;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// Something to do, with the buffer it needs.
+#[derive(Debug)]
+pub enum Operation {
+    /// Send the first `length` bytes of the buffer as one message.
+    Send {
+        /// Holds the message.
+        buffer: Buffer,
+        /// Its bytes.
+        length: usize,
+    },
+    /// Take one message from the peer.
+    Recv {
+        /// Where to put it; its size bounds the message.
+        buffer: Buffer,
+    },
+    /// Write the first `remote.length()` bytes of the buffer into the peer's region.
+    Place {
+        /// Holds the bytes.
+        buffer: Buffer,
+        /// Where they go.
+        remote: RegionDescriptor,
+    },
+    /// Read `remote.length()` bytes of the peer's region into the buffer's beginning.
+    Fetch {
+        /// Where they go.
+        buffer: Buffer,
+        /// Where they are.
+        remote: RegionDescriptor,
+    },
+}
+
+/// Which operation a completion is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// See [`Operation::Send`].
+    Send,
+    /// See [`Operation::Recv`].
+    Recv,
+    /// See [`Operation::Place`].
+    Place,
+    /// See [`Operation::Fetch`].
+    Fetch,
+}
+
+/// The end of an operation: its buffer comes back.
+#[derive(Debug)]
+pub struct Completion {
+    /// As given to `submit`.
+    pub token: u64,
+    /// Which operation it was.
+    pub kind: Kind,
+    /// The buffer, the owner's again.
+    pub buffer: Buffer,
+    /// Bytes sent, received, placed or fetched; or why not.
+    pub outcome: Result<usize, OperationError>,
+}
+
+/// Why an operation that was accepted did not succeed. Each of them ends the channel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum OperationError {
+    /// The channel was closed or had failed before it was done.
+    #[error("the channel ended before the operation was done")]
+    Flushed,
+    /// The peer's region does not allow it: unknown rkey, out of bounds, or the access is missing.
+    #[error("the peer's region does not allow the access")]
+    RemoteAccess,
+    /// The message did not fit the receiver's buffer.
+    #[error("the message is longer than the buffer it was received into")]
+    Length,
+    /// The peer does not answer.
+    #[error("the peer does not answer")]
+    Unreachable,
+    /// Anything else the device or kernel reported.
+    #[error("the transport failed")]
+    Transport,
+}
+
+/// Why an operation was not accepted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// As many as [`Setup`] allows are in flight: poll first.
+    #[error("too many operations in flight")]
+    Full,
+    /// The channel has ended.
+    #[error("the channel has ended")]
+    Closed,
+    /// A length exceeds the buffer or the capabilities, or the buffer's pool was not in [`Setup`].
+    #[error("the operation is not valid")]
+    Invalid,
+}
+
+/// An operation that was not accepted, given back whole.
+#[derive(Debug)]
+pub struct Rejected {
+    /// Why.
+    pub error: SubmitError,
+    /// The operation.
+    pub operation: Operation,
+}
+
+/// Why a channel ended.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// This side closed it.
+    #[error("closed by this side")]
+    Closed,
+    /// The peer closed it, or its process or host is gone.
+    #[error("closed by the peer")]
+    Disconnected,
+    /// The peer broke the transport's own framing or named memory it may not.
+    #[error("the peer misbehaved: {0}")]
+    Misbehaved(&'static str),
+    /// The device or kernel failed.
+    #[error("the transport failed: {0}")]
+    Transport(String),
+}
+
+/// What a transport can do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capabilities {
+    /// Longest message, bytes.
+    pub message_bytes_max: usize,
+    /// Longest Place or Fetch, bytes.
+    pub transfer_bytes_max: usize,
+    /// Sends, Places and Fetches that may be in flight together.
+    pub depth: usize,
+    /// True if Place and Fetch move bytes without either CPU touching them.
+    pub zero_copy: bool,
+}
+
+/// The answer of [`Channel::arm`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Armed {
+    /// Nothing is pending: the wake descriptor will tell.
+    Idle,
+    /// Something came meanwhile: poll again before sleeping.
+    Pending,
+}
+
+/// One data connection.
+pub trait Channel: Send {
+    /// Which transport it is, and the two ends as the bind transcript needs them.
+    fn identity(&self) -> &ChannelIdentity;
+
+    /// The peer's address, for people.
+    fn peer(&self) -> SocketAddr;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Accepts an operation. It may stay queued until the next `poll`, so that several go out together.
+    ///
+    /// # Errors
+    /// [`Rejected`] gives the operation back.
+    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected>;
+
+    /// Pushes out what was submitted, collects what is done, and appends it to `done`. Returns how many.
+    fn poll(&mut self, done: &mut Vec<Completion>) -> usize;
+
+    /// Asks for a wake-up. See the module's text.
+    fn arm(&mut self) -> Armed;
+
+    /// The wake descriptor.
+    fn wake_fd(&self) -> BorrowedFd<'_>;
+
+    /// Ends the channel: the device is cut off from every buffer before this returns, and what is in flight
+    /// completes as [`OperationError::Flushed`] on the following polls. Idempotent.
+    fn close(&mut self);
+
+    /// `None` while it lives; then why it ended. Completions may still be due.
+    fn ended(&self) -> Option<ChannelError>;
+
+    /// Registers memory for the peer of this channel; usable from any thread, and while the channel is polled.
+    fn registrar(&self) -> Arc<dyn Registrar>;
+}
+
+/// What the peer may do with a region.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RemoteAccess {
+    /// The peer may Fetch from it.
+    Fetch,
+    /// The peer may Place into it.
+    Place,
+    /// Both.
+    FetchAndPlace,
+}
+
+/// Registers regions for one channel's peer, and for no other.
+pub trait Registrar: Send + Sync {
+    /// Registers the whole region. Dropping the registration withdraws it: the peer's next access fails.
+    ///
+    /// # Errors
+    /// The device's or kernel's own; on ENOMEM the text says how to raise the memlock limit.
+    fn register(&self, region: Arc<Region>, access: RemoteAccess) -> io::Result<Registration>;
+}
+
+/// A live registration. Keep it until the last request that names it has been answered.
+pub struct Registration {
+    descriptor: RegionDescriptor,
+    region: Arc<Region>,
+    _held: Box<dyn Any + Send + Sync>,
+}
+
+impl Registration {
+    /// Made by transports: `held` withdraws the registration when dropped.
+    pub fn new(descriptor: RegionDescriptor, region: Arc<Region>, held: Box<dyn Any + Send + Sync>) -> Self {
+        Self { descriptor, region, _held: held }
+    }
+
+    /// The whole region, as the peer is told of it.
+    pub fn descriptor(&self) -> RegionDescriptor {
+        self.descriptor
+    }
+
+    /// The memory.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+}
+
+impl std::fmt::Debug for Registration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registration").field("length", &self.descriptor.length()).finish_non_exhaustive()
+    }
+}
+
+/// What a channel is made with.
+pub struct Setup {
+    /// Sends, Places and Fetches that may be in flight together.
+    pub depth: usize,
+    /// Receives that may be posted together.
+    pub receives_max: usize,
+    /// The pools whose buffers will be used on it; registered with the device once, here or by the listener.
+    pub pools: Vec<Pool>,
+    /// Receives posted before the peer can send, with their tokens.
+    pub receives: Vec<(u64, Buffer)>,
+}
+
+/// Accepts channels. Lives on a thread of its own.
+pub trait Listener: Send {
+    /// Where it listens.
+    fn address(&self) -> SocketAddr;
+
+    /// Waits for a peer. `prepare` is asked before anything is allocated for it; `None` turns the peer away.
+    /// Handshakes that never finish are dropped at a deadline and never hold up others.
+    ///
+    /// # Errors
+    /// An error of kind `Interrupted` after `stopper` was used; others are the listener's own and final.
+    fn accept(&mut self, prepare: &mut dyn FnMut(SocketAddr) -> Option<Setup>) -> io::Result<Box<dyn Channel>>;
+
+    /// Ends a waiting `accept`, now and for ever, from any thread.
+    fn stopper(&self) -> Box<dyn Fn() + Send + Sync>;
+}
