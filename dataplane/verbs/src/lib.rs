@@ -3,13 +3,47 @@
 //! ```text
 //! memory/   Memory ─► Pool ─► Buffer     exclusive bytes, never exposed to a peer: &mut [u8]
 //!                  └► Region             bytes a peer may write at any time: copy in, copy out, file I/O
+//!
+//! Device ◄─ ProtectionDomain ◄─┬─ MemoryRegistration ◄─┐          ◄─ "holds an Arc to"
+//!                              └─ Connection ──────────┴─ work requests in flight
+//!                                   │ (queue pair, completion queue)
+//!                                   └─ cm: one event channel and thread per process; Listener, Outgoing
+//!
 //! gauges    what this process holds at the moment, for metrics, tests and leak hunts
+//! ffi       the only place that sees rdma-sys
 //! ```
+//!
+//! What holds everywhere here:
+//!
+//! * Parents outlive children by construction: a child holds an `Arc` to its parent.
+//! * A posted work request owns its memory until its completion, or until its queue pair is destroyed.
+//! * Drop logs and never panics. What could not be taken from the device is leaked on purpose.
+//! * Without an RDMA device [`Device::list`] is empty, and the memory module works all the same.
 // The workspace denies unsafe code. It is allowed in this crate, and in no other: talking to the device, mapping memory
 // and handing that memory to the kernel can't be done without. Every block names the facts that make it sound.
 #![allow(unsafe_code)]
 
+pub mod cm;
+mod cq;
+mod device;
+mod error;
+mod ffi;
 pub mod gauges;
 pub mod memory;
+mod mr;
+mod pd;
+mod qp;
+mod ring;
+mod work;
 
+pub use cm::{
+    ConnectRequest, Connection, ConnectionConfig, Incoming, Listener, ListenerLimits,
+    MAX_ACCEPT_PRIVATE_DATA, MAX_CONNECT_PRIVATE_DATA, Notify, Outgoing, Prepared,
+};
+pub use device::{Device, DeviceLimits, Gid, LinkLayer, Port};
+pub use error::{ConnectFailure, VerbsError, memlock_limit};
 pub use gauges::{Gauges, gauges};
+pub use mr::{Access, MemoryRegistration};
+pub use pd::ProtectionDomain;
+pub use qp::{ConnectionIdentity, QueueDepths};
+pub use work::{Completion, CompletionKind, Local, Operation, Remote, Status, WorkRequest};

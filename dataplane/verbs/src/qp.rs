@@ -1,0 +1,420 @@
+//! [`QueuePair`]: posting work, and learning how it ended.
+//!
+//! Facts the rest relies on:
+//!
+//! * Never more in flight than asked for at creation, on either queue, and the completion queue has room for both: nothing
+//!   overruns. More is answered with "full".
+//! * A work request's memory is kept in a [`Ring`] from the moment it is posted until its completion is handed out.
+//! * On drop the queue pair is destroyed first. After that the device can't touch the memory, and only then is it
+//!   released. Should destroying fail, everything in flight is leaked on purpose.
+
+use std::collections::VecDeque;
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::cm::Id;
+use crate::cq::CompletionQueue;
+use crate::device::Gid;
+use crate::error::VerbsError;
+use crate::ffi;
+use crate::gauges::{OUTSTANDING_WORK_REQUESTS, QUEUE_PAIRS};
+use crate::pd::ProtectionDomain;
+use crate::ring::Ring;
+use crate::work::{Completion, CompletionKind, InFlight, Local, Operation, Status, WorkRequest};
+
+/// Most requests that go to the device with one doorbell.
+const CHAIN: usize = 16;
+/// Set in the `wr_id` of receives; the rest is the sequence number.
+const RECEIVE: u64 = 1 << 63;
+/// 0.64 ms: how long the peer waits before it sends again what found no receive posted. (The default of rdmacm, 0, is 655 ms.)
+const MIN_RNR_TIMER: u8 = 12;
+
+/// Sizes of the queues.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueDepths {
+    /// Sends, writes and reads in flight.
+    pub send: u32,
+    /// Receives posted.
+    pub receive: u32,
+    /// Longest message to be sent inline (copied at posting, so that the device needn't fetch it).
+    pub inline: u32,
+}
+
+/// Names of both ends of a connection, for binding keys to it. The peer has the mirrored one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionIdentity {
+    /// Number of our queue pair.
+    pub local_qpn: u32,
+    /// Number of the peer's queue pair.
+    pub remote_qpn: u32,
+    /// Our GID.
+    pub local_gid: Gid,
+    /// The peer's GID.
+    pub remote_gid: Gid,
+}
+
+/// A reliable-connected queue pair with its completion queue and what is in flight on it.
+pub(crate) struct QueuePair {
+    /// Owned by `id` as far as the library is concerned; destroyed by us.
+    qp: *mut ffi::ibv_qp,
+    id: Id,
+    max_inline: u32,
+    max_message: u32,
+    sends: Ring<InFlight>,
+    receives: Ring<InFlight>,
+    /// Sends posted since the last one that asked for a completion.
+    unsignaled: usize,
+    /// Completions found by `arm`, to be handed out by the next `poll`.
+    found: Vec<Completion>,
+    /// Dropped by hand, after the queue pair; or leaked with it.
+    cq: ManuallyDrop<CompletionQueue>,
+    domain: Arc<ProtectionDomain>,
+}
+
+// SAFETY: libibverbs is thread-safe, and self is used by one thread at a time (`&mut`).
+unsafe impl Send for QueuePair {}
+
+impl QueuePair {
+    /// Makes the queue pair of a connection manager id that has been resolved or has come with a connect request.
+    pub(crate) fn new(
+        id: Id,
+        domain: &Arc<ProtectionDomain>,
+        depths: QueueDepths,
+    ) -> Result<Self, VerbsError> {
+        let device = domain.device();
+        if id.context() != device.context() {
+            return Err(VerbsError::WrongRegistration);
+        }
+        let limit = device.limits().work_requests;
+        let (send, receive) = (depths.send.clamp(1, limit), depths.receive.clamp(1, limit));
+        let cq = CompletionQueue::new(device, send.saturating_add(receive))?;
+        // SAFETY: a plain C structure of integers and pointers; all zeroes is a value of it.
+        let mut attr: ffi::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
+        attr.send_cq = cq.as_ptr();
+        attr.recv_cq = cq.as_ptr();
+        attr.qp_type = ffi::ibv_qp_type::IBV_QPT_RC;
+        attr.cap.max_send_wr = send;
+        attr.cap.max_recv_wr = receive;
+        attr.cap.max_send_sge = 1;
+        attr.cap.max_recv_sge = 1;
+        attr.cap.max_inline_data = depths.inline;
+        // SAFETY: id, domain and completion queue are alive and of one device; the queue pair is destroyed before them.
+        if unsafe { ffi::rdma_create_qp(id.as_ptr(), domain.as_ptr(), &raw mut attr) } != 0 {
+            return Err(VerbsError::call("rdma_create_qp", std::io::Error::last_os_error()));
+        }
+        QUEUE_PAIRS.add(1);
+        // SAFETY: the call has just set it.
+        let qp = unsafe { (*id.as_ptr()).qp };
+        let max_message = device.port(id.port()).map_or(1 << 20, |port| port.max_message);
+        Ok(Self {
+            qp,
+            id,
+            max_inline: attr.cap.max_inline_data.min(depths.inline),
+            max_message,
+            sends: Ring::new(send as usize),
+            receives: Ring::new(receive as usize),
+            unsignaled: 0,
+            found: Vec::with_capacity((send + receive) as usize),
+            cq: ManuallyDrop::new(cq),
+            domain: Arc::clone(domain),
+        })
+    }
+
+    pub(crate) fn id(&self) -> &Id {
+        &self.id
+    }
+
+    pub(crate) fn domain(&self) -> &Arc<ProtectionDomain> {
+        &self.domain
+    }
+
+    /// Readable after [`QueuePair::arm`], once something has completed.
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.cq.fd()
+    }
+
+    pub(crate) fn send_room(&self) -> usize {
+        self.sends.room()
+    }
+
+    pub(crate) fn receive_room(&self) -> usize {
+        self.receives.room()
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.sends.len() + self.receives.len()
+    }
+
+    pub(crate) fn max_message(&self) -> usize {
+        self.max_message as usize
+    }
+
+    pub(crate) fn max_inline(&self) -> usize {
+        self.max_inline as usize
+    }
+
+    /// Posts one receive. Gives the memory back if it can't.
+    pub(crate) fn post_receive(&mut self, token: u64, local: Local) -> Result<(), (VerbsError, Local)> {
+        if let Err(error) = self.check(&local) {
+            return Err((error, local));
+        }
+        if self.receives.room() == 0 {
+            return Err((VerbsError::Full(self.receives.capacity()), local));
+        }
+        let mut sge = local.scatter_gather();
+        let mut request = ffi::ibv_recv_wr {
+            wr_id: RECEIVE | self.receives.next(),
+            next: std::ptr::null_mut(),
+            sg_list: &raw mut sge,
+            num_sge: i32::from(!local.is_empty()),
+        };
+        let mut bad = std::ptr::null_mut();
+        // SAFETY: the queue pair is alive; the device copies request and list during the call; the memory they name is
+        // registered (in this domain: checked) and owned by `local`, which goes into the ring until its completion.
+        let outcome =
+            ffi::check_errno(unsafe { ffi::ibv_post_recv(self.qp, &raw mut request, &raw mut bad) });
+        match outcome {
+            Ok(()) => {
+                OUTSTANDING_WORK_REQUESTS.add(1);
+                self.receives.push(InFlight { token, kind: CompletionKind::Receive, local });
+                Ok(())
+            }
+            Err(source) => Err((VerbsError::call("ibv_post_recv", source), local)),
+        }
+    }
+
+    /// Posts requests from the front of `queue` while there is room. See [`crate::Connection::post`].
+    pub(crate) fn post(&mut self, queue: &mut VecDeque<WorkRequest>) -> Result<usize, VerbsError> {
+        let mut posted = 0;
+        loop {
+            let mut refusal = None;
+            let mut count = queue.len().min(self.sends.room()).min(CHAIN);
+            for (index, request) in queue.iter().take(count).enumerate() {
+                if let Err(error) = self.check(&request.local) {
+                    (count, refusal) = (index, Some(error));
+                    break;
+                }
+            }
+            if count > 0 {
+                let (accepted, outcome) = self.post_chain(queue, count);
+                posted += accepted;
+                outcome?;
+            }
+            match refusal {
+                Some(error) => return Err(error),
+                None if count == 0 => return Ok(posted),
+                None => {}
+            }
+        }
+    }
+
+    /// Posts the first `count` (at most [`CHAIN`]) requests with one doorbell. Takes those accepted out of the queue.
+    fn post_chain(
+        &mut self,
+        queue: &mut VecDeque<WorkRequest>,
+        count: usize,
+    ) -> (usize, Result<(), VerbsError>) {
+        let mut list = [const { ffi::ibv_sge { addr: 0, length: 0, lkey: 0 } }; CHAIN];
+        let mut chain = [const { MaybeUninit::<ffi::ibv_send_wr>::zeroed() }; CHAIN];
+        let chain_start: *mut ffi::ibv_send_wr = chain.as_mut_ptr().cast();
+        let list_start = list.as_mut_ptr();
+        let first = self.sends.next();
+        let mut unsignaled = self.unsignaled;
+        for (index, request) in queue.iter().take(count).enumerate() {
+            // A completion now and then is needed to get room again, whatever the caller asks for.
+            let signaled = request.signaled
+                || unsignaled + 1 >= self.sends.capacity().div_ceil(2)
+                || index + 1 == self.sends.room();
+            unsignaled = if signaled { 0 } else { unsignaled + 1 };
+            // SAFETY: index < count <= CHAIN, for both arrays; all zeroes is a value of ibv_send_wr (integers, pointers
+            // and unions of them), so a reference to it is sound. The raw pointers stored in it point into the two
+            // arrays, which outlive the call below and aren't touched by other means until then.
+            unsafe {
+                list_start.add(index).write(request.local.scatter_gather());
+                let next = if index + 1 < count { chain_start.add(index + 1) } else { std::ptr::null_mut() };
+                let raw = &mut *chain_start.add(index);
+                raw.wr_id = first + index as u64;
+                raw.next = next;
+                raw.sg_list = list_start.add(index);
+                self.fill(raw, request, signaled);
+            }
+        }
+        let mut bad = std::ptr::null_mut();
+        // SAFETY: the queue pair is alive; the device copies chain and lists during the call. The memory they name is
+        // registered in this domain and owned by the requests, which stay borrowed in `queue` during the call, and go into the
+        // ring after it, until their completion.
+        let outcome = ffi::check_errno(unsafe { ffi::ibv_post_send(self.qp, chain_start, &raw mut bad) });
+        let accepted = match &outcome {
+            Ok(()) => count,
+            // The first that was refused: those before it are the device's.
+            Err(_) => (0..count).find(|index| chain_start.wrapping_add(*index) == bad).unwrap_or(0),
+        };
+        OUTSTANDING_WORK_REQUESTS.add(accepted as u64);
+        for request in queue.drain(..accepted) {
+            self.sends.push(request.into_in_flight());
+        }
+        // After a partial refusal the count is a guess on the safe side: the next one asks for a completion.
+        self.unsignaled = if outcome.is_ok() { unsignaled } else { self.sends.capacity() };
+        (accepted, outcome.map_err(|source| VerbsError::call("ibv_post_send", source)))
+    }
+
+    fn fill(&self, raw: &mut ffi::ibv_send_wr, request: &WorkRequest, signaled: bool) {
+        use ffi::{ibv_send_flags as flag, ibv_wr_opcode as opcode};
+        raw.num_sge = i32::from(!request.local.is_empty());
+        if signaled {
+            raw.send_flags |= flag::IBV_SEND_SIGNALED.0;
+        }
+        let is_read = matches!(request.operation, Operation::Read(_));
+        if !is_read && request.local.len() <= self.max_inline as usize {
+            raw.send_flags |= flag::IBV_SEND_INLINE.0;
+        }
+        let (code, remote, immediate) = match request.operation {
+            Operation::Send => (opcode::IBV_WR_SEND, None, None),
+            Operation::SendImmediate(value) => (opcode::IBV_WR_SEND_WITH_IMM, None, Some(value)),
+            Operation::Write(remote) => (opcode::IBV_WR_RDMA_WRITE, Some(remote), None),
+            Operation::WriteImmediate(remote, value) => {
+                (opcode::IBV_WR_RDMA_WRITE_WITH_IMM, Some(remote), Some(value))
+            }
+            Operation::Read(remote) => (opcode::IBV_WR_RDMA_READ, Some(remote), None),
+        };
+        raw.opcode = code;
+        if let Some(remote) = remote {
+            raw.wr.rdma = ffi::rdma_t { remote_addr: remote.addr, rkey: remote.rkey };
+        }
+        if let Some(value) = immediate {
+            raw.imm_data_invalidated_rkey_union.imm_data = value.to_be();
+        }
+    }
+
+    fn check(&self, local: &Local) -> Result<(), VerbsError> {
+        if !Arc::ptr_eq(local.registration().domain(), &self.domain) {
+            return Err(VerbsError::WrongRegistration);
+        }
+        if local.len() > self.max_message as usize {
+            return Err(VerbsError::TooLong { bytes: local.len(), limit: self.max_message as usize });
+        }
+        Ok(())
+    }
+
+    /// Moves finished work to `completions`. Returns how many were added; 0 means there is nothing more now.
+    pub(crate) fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<usize, VerbsError> {
+        let before = completions.len();
+        completions.append(&mut self.found);
+        if completions.len() == before {
+            self.fetch(completions)?;
+        }
+        let count = completions.len() - before;
+        OUTSTANDING_WORK_REQUESTS.sub(count as u64);
+        Ok(count)
+    }
+
+    /// Arms the completion channel. True if the caller may sleep; false if completions have come in the meantime.
+    pub(crate) fn arm(&mut self) -> Result<bool, VerbsError> {
+        self.cq.arm()?;
+        let mut found = std::mem::take(&mut self.found);
+        let outcome = self.fetch(&mut found);
+        self.found = found;
+        outcome?;
+        Ok(self.found.is_empty())
+    }
+
+    /// One batch from the completion queue.
+    fn fetch(&mut self, completions: &mut Vec<Completion>) -> Result<(), VerbsError> {
+        let (sends, receives) = (&mut self.sends, &mut self.receives);
+        self.cq.poll(|entry| {
+            let status = Status::from_raw(entry.status);
+            let is_receive = entry.wr_id & RECEIVE != 0;
+            let ring = if is_receive { &mut *receives } else { &mut *sends };
+            let known = ring.finish(entry.wr_id & !RECEIVE, |request, named| {
+                // Requests before the named one didn't ask for a completion, and are done: work completes in order.
+                let status = if named { status } else { Status::Success };
+                let bytes = match (status, is_receive) {
+                    (Status::Success, true) => entry.byte_len as usize,
+                    (Status::Success, false) => request.local.len(),
+                    _ => 0,
+                };
+                let has_immediate =
+                    is_receive && status == Status::Success && entry.wc_flags & ffi::WC_WITH_IMM != 0;
+                // SAFETY: both views of the union are four plain bytes; the flag says they are an immediate.
+                let immediate = has_immediate
+                    .then(|| u32::from_be(unsafe { entry.imm_data_invalidated_rkey_union.imm_data }));
+                completions.push(request.complete(status, bytes, immediate));
+            });
+            if !known {
+                tracing::error!(
+                    wr_id = entry.wr_id,
+                    ?status,
+                    "completion of a work request that is not in flight: ignored"
+                );
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Makes the peer retry soon when it finds no receive. Only once connected.
+    pub(crate) fn shorten_rnr_timer(&mut self) -> Result<(), VerbsError> {
+        // SAFETY: a plain C structure of integers; all zeroes is a value of it.
+        let mut attr: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attr.min_rnr_timer = MIN_RNR_TIMER;
+        let mask = ffi::ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0;
+        self.modify(&mut attr, mask)
+    }
+
+    /// Ends the connection at once: everything in flight is flushed, nothing lands from now on.
+    pub(crate) fn fail(&mut self) -> Result<(), VerbsError> {
+        // SAFETY: a plain C structure of integers; all zeroes is a value of it.
+        let mut attr: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attr.qp_state = ffi::ibv_qp_state::IBV_QPS_ERR;
+        self.modify(&mut attr, ffi::ibv_qp_attr_mask::IBV_QP_STATE.0)
+    }
+
+    fn modify(&mut self, attr: &mut ffi::ibv_qp_attr, mask: u32) -> Result<(), VerbsError> {
+        let mask = i32::try_from(mask).unwrap_or_default();
+        // SAFETY: the queue pair is alive, and `attr` outlives the call.
+        ffi::check_errno(unsafe { ffi::ibv_modify_qp(self.qp, attr, mask) })
+            .map_err(|source| VerbsError::call("ibv_modify_qp", source))
+    }
+
+    /// Both ends' names. Only once connected.
+    pub(crate) fn identity(&self) -> Result<ConnectionIdentity, VerbsError> {
+        // SAFETY: plain C structures of integers and pointers; all zeroes is a value of both.
+        let (mut attr, mut init): (ffi::ibv_qp_attr, ffi::ibv_qp_init_attr) = unsafe { std::mem::zeroed() };
+        let mask = ffi::ibv_qp_attr_mask::IBV_QP_AV.0 | ffi::ibv_qp_attr_mask::IBV_QP_DEST_QPN.0;
+        let mask = i32::try_from(mask).unwrap_or_default();
+        // SAFETY: the queue pair is alive, and both structures outlive the call.
+        ffi::check_errno(unsafe { ffi::ibv_query_qp(self.qp, &raw mut attr, mask, &raw mut init) })
+            .map_err(|source| VerbsError::call("ibv_query_qp", source))?;
+        let port = self.id.port();
+        let local_gid =
+            self.domain.device().gid(port, i32::from(attr.ah_attr.grh.sgid_index)).unwrap_or(Gid([0; 16]));
+        Ok(ConnectionIdentity {
+            // SAFETY: the queue pair is alive.
+            local_qpn: unsafe { (*self.qp).qp_num },
+            remote_qpn: attr.dest_qp_num,
+            local_gid,
+            // SAFETY: every view of the union is 16 plain bytes.
+            remote_gid: Gid(unsafe { attr.ah_attr.grh.dgid.raw }),
+        })
+    }
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        if let Err(error) = self.fail() {
+            tracing::debug!(%error, "queue pair not moved to the error state; destroying it all the same");
+        }
+        OUTSTANDING_WORK_REQUESTS.sub((self.in_flight() + self.found.len()) as u64);
+        if let Err(error) = self.id.destroy_queue_pair() {
+            // The device may still write: what is in flight must never be used for anything else.
+            std::mem::forget(std::mem::replace(&mut self.sends, Ring::new(0)));
+            std::mem::forget(std::mem::replace(&mut self.receives, Ring::new(0)));
+            std::mem::forget(Arc::clone(&self.domain));
+            tracing::error!(%error, "ibv_destroy_qp failed: the queue pair and its memory are leaked on purpose");
+            return;
+        }
+        // SAFETY: dropped once, here; the queue pair that used it is gone.
+        unsafe { ManuallyDrop::drop(&mut self.cq) };
+        QUEUE_PAIRS.sub(1);
+    }
+}
