@@ -1,0 +1,78 @@
+//! Binds: who may attach a data channel to an open (transitions 403 to 407 of the seed, control's half).
+//!
+//! Order matters. First that the key is ours, names a live open, and was proven on this very channel: any
+//! failure there is [`Status::BadKey`], after the same work. Only somebody who has proven the key learns more.
+
+use super::table::{Binding, Life, Open};
+use super::{Authority, Effect, Fresh};
+use crate::auth::{BindAnswer, BindSecret, BindTranscript, Secret};
+use crate::types::{Access, HandleId, OpenId, Status};
+use crate::wire::link::{Grant, Redeem};
+
+impl Authority {
+    pub(super) fn redeem(&mut self, redeem: &Redeem, fresh: &Fresh, effects: &mut Vec<Effect>) {
+        match self.grant(redeem, fresh) {
+            Ok((file, grant)) => effects.push(Effect::Grant { id: redeem.id, file, grant: Box::new(grant) }),
+            Err(status) => effects.push(Effect::RefuseBind { id: redeem.id, status }),
+        }
+    }
+
+    fn grant(&mut self, redeem: &Redeem, fresh: &Fresh) -> Result<(super::FileId, Grant), Status> {
+        let (id, transcript) = self.prove(redeem).ok_or(Status::BadKey)?;
+        let limit = self.limits.bindings_per_open;
+        let open = self.opens.get(id).ok_or(Status::BadKey)?;
+        if redeem.policy != open.policy {
+            return Err(Status::Invalid);
+        }
+        // A channel moves bytes: the right to delete is exercised at control.
+        let moves = Access::READ | Access::WRITE;
+        if redeem.access.is_empty() || !open.access.intersection(moves).contains(redeem.access) {
+            return Err(Status::AccessDenied);
+        }
+        if open.bindings.len() >= limit {
+            return Err(Status::TooMany);
+        }
+        let answer = BindAnswer {
+            handle: HandleId::from_random(fresh.handle),
+            epoch: open.epoch,
+            access: redeem.access,
+            policy: open.policy,
+        };
+        let answered = answer.digest(&transcript);
+        let (proof, keys) = (open.secret.server_proof(&answered), open.secret.channel_keys(&answered));
+        let file = open.file;
+        let binding = Binding { epoch: answer.epoch, transcript, fencing: false };
+        let binding = self.opens.bind(id, binding).ok_or(Status::BadKey)?;
+        let BindAnswer { handle, epoch, access, policy } = answer;
+        Ok((file, Grant { binding, open: id, handle, epoch, access, policy, proof, keys }))
+    }
+
+    /// The open whose key was proven, and the digest of the transcript; `None` says nothing about why.
+    fn prove(&self, redeem: &Redeem) -> Option<(OpenId, [u8; 32])> {
+        let key = self.keyring.open(&redeem.resume_key).ok();
+        let open = key.and_then(|key| Some((key.open, self.opens.get(key.open)?)));
+        let open = open.filter(|(_, open)| {
+            matches!(open.life, Life::Active) && key.is_some_and(|key| key.volume == open.volume)
+        });
+        // Without an open the same work is done over a secret that proves nothing, so that time tells nothing.
+        let nothing = BindSecret::new(Secret::new([0; 32]));
+        let (secret, challenge, volume) = match open {
+            Some((_, Open { secret, challenge, volume, .. })) => (secret, challenge, *volume),
+            None => (&nothing, &redeem.client_challenge, crate::types::VolumeId::NONE),
+        };
+        let transcript = BindTranscript {
+            channel: &redeem.channel,
+            server_nonce: &redeem.server_nonce,
+            open_challenge: challenge,
+            client_challenge: &redeem.client_challenge,
+            resume_key: &redeem.resume_key,
+            volume,
+            access: redeem.access,
+            policy: redeem.policy,
+        };
+        let digest = transcript.digest();
+        let right = secret.client_proof_is_right(&digest, &redeem.proof);
+        let (id, open) = open?;
+        (right && !open.has_seen(&digest)).then_some((id, digest))
+    }
+}

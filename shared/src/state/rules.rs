@@ -1,0 +1,84 @@
+//! Which volumes there are, and what each principal may do on them.
+
+use super::refusal;
+use crate::auth::MacPolicy;
+use crate::types::{Status, VolumeId, VolumePath};
+use crate::wire::control::{Place, Refusal, VolumeInfo};
+use std::collections::BTreeMap;
+
+/// What a principal may do on a volume.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Right {
+    /// Read files, list directories.
+    Read,
+    /// Everything.
+    ReadWrite,
+}
+
+/// One volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeRules {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// What protects the frames of its channels.
+    pub policy: MacPolicy,
+    /// Who may use it. A principal that is not here may not.
+    pub grants: BTreeMap<String, Right>,
+}
+
+/// All volumes, by name.
+#[derive(Debug)]
+pub(super) struct Volumes(BTreeMap<String, VolumeRules>);
+
+impl Volumes {
+    pub(super) fn new(volumes: Vec<VolumeRules>) -> Self {
+        Self(volumes.into_iter().map(|v| (v.name.clone(), v)).collect())
+    }
+
+    /// The volume, if `principal` has at least `right` on it.
+    pub(super) fn admit(&self, principal: &str, volume: &str, right: Right) -> Result<&VolumeRules, Refusal> {
+        let rules = self.0.get(volume).ok_or_else(|| refusal(Status::NotFound, "there is no such volume"))?;
+        match rules.grants.get(principal) {
+            None => Err(refusal(Status::AccessDenied, "this principal has no right on the volume")),
+            Some(Right::Read) if right == Right::ReadWrite => Err(refusal(Status::ReadOnly, "")),
+            Some(_) => Ok(rules),
+        }
+    }
+
+    /// The volume and the checked path of a place, if `principal` has at least `right` there.
+    pub(super) fn place(
+        &self,
+        principal: &str,
+        place: &Place,
+        right: Right,
+    ) -> Result<(&VolumeRules, VolumePath), Refusal> {
+        let rules = self.admit(principal, &place.volume, right)?;
+        let path = VolumePath::parse(&place.path).map_err(|error| {
+            let status = match error {
+                crate::types::PathError::Absolute | crate::types::PathError::Parent => Status::PathEscape,
+                crate::types::PathError::TooLong => Status::NameTooLong,
+                crate::types::PathError::Zero => Status::Invalid,
+            };
+            refusal(status, &error.to_string())
+        })?;
+        Ok((rules, path))
+    }
+
+    /// True if `principal` may write on the volume.
+    pub(super) fn may_write(&self, principal: &str, volume: VolumeId) -> bool {
+        let rules = self.0.values().find(|rules| rules.id == volume);
+        rules.is_some_and(|rules| rules.grants.get(principal) == Some(&Right::ReadWrite))
+    }
+
+    /// What `principal` may see.
+    pub(super) fn seen_by(&self, principal: &str) -> Vec<VolumeInfo> {
+        let seen = |v: &VolumeRules| {
+            let right = v.grants.get(principal)?;
+            let writable = *right == Right::ReadWrite;
+            Some(VolumeInfo { name: v.name.clone(), writable, policy: v.policy })
+        };
+        self.0.values().filter_map(seen).collect()
+    }
+}
