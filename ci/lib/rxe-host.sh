@@ -15,7 +15,8 @@ device_address() {
 	local port netdev address
 	for port in /sys/class/infiniband/*/ports/*; do
 		grep -q ACTIVE "$port/state" 2>/dev/null || continue
-		netdev=$(cat "$port"/gid_attrs/ndevs/* 2>/dev/null | head -1) || continue
+		# Unused entries of the table answer with an error.
+		netdev=$({ cat "$port"/gid_attrs/ndevs/* 2>/dev/null || true; } | head -1)
 		[ -n "$netdev" ] || continue
 		address=$(ip -4 -o addr show dev "$netdev" 2>/dev/null | sed -n 's/.* inet \([0-9.]*\).*/\1/p' | head -1)
 		[ -z "$address" ] || { echo "$address"; return; }
