@@ -182,6 +182,13 @@ impl Device {
         })
     }
 
+    /// Longest message of port `number`, in bytes.
+    pub(crate) fn max_message(&self, number: u8) -> Result<u32, VerbsError> {
+        ffi::query_port(self.context, number)
+            .map(|attr| attr.max_msg_sz)
+            .map_err(|source| VerbsError::call("ibv_query_port", source))
+    }
+
     /// The GID at `index` of port `number`, if there is one.
     pub(crate) fn gid(&self, number: u8, index: i32) -> Option<Gid> {
         let mut gid = ffi::ibv_gid { raw: [0; 16] };

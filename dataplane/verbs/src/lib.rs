@@ -47,3 +47,19 @@ pub use mr::{Access, MemoryRegistration};
 pub use pd::ProtectionDomain;
 pub use qp::{ConnectionIdentity, QueueDepths};
 pub use work::{Completion, CompletionKind, Local, Operation, Remote, Status, WorkRequest};
+
+// What moves between threads: the callback's, a worker's, the caller's.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Connection>();
+    is_send::<ConnectRequest>();
+    is_send::<Incoming>();
+    is_send::<Prepared>();
+    is_send::<Listener>();
+    is_send::<Completion>();
+    is_send::<memory::Buffer>();
+    const fn is_sync<T: Send + Sync>() {}
+    is_sync::<MemoryRegistration>();
+    is_sync::<memory::Pool>();
+    is_sync::<memory::Region>();
+};

@@ -88,6 +88,7 @@ impl QueuePair {
         }
         let limit = device.limits().work_requests;
         let (send, receive) = (depths.send.clamp(1, limit), depths.receive.clamp(1, limit));
+        let max_message = device.max_message(id.port())?;
         let cq = CompletionQueue::new(device, send.saturating_add(receive))?;
         // SAFETY: a plain C structure of integers and pointers; all zeroes is a value of it.
         let mut attr: ffi::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
@@ -106,7 +107,6 @@ impl QueuePair {
         QUEUE_PAIRS.add(1);
         // SAFETY: the call has just set it.
         let qp = unsafe { (*id.as_ptr()).qp };
-        let max_message = device.port(id.port()).map_or(1 << 20, |port| port.max_message);
         Ok(Self {
             qp,
             id,

@@ -5,7 +5,19 @@
 //!                                                                 (nobody else can touch it)
 //! ```
 //!
-//! A posted buffer is gone until its completion; the compiler sees to it:
+//! Before posting, a buffer is plain memory:
+//!
+//! ```no_run
+//! # use holdfast_verbs::{Connection, Local, MemoryRegistration, memory::Buffer};
+//! # use std::sync::Arc;
+//! # fn post(connection: &mut Connection, registration: &Arc<MemoryRegistration>, mut buffer: Buffer) {
+//! buffer[0] = 1;
+//! let local = Local::buffer(registration, buffer, 0..8).unwrap();
+//! connection.post_receive(1, local).unwrap();
+//! # }
+//! ```
+//!
+//! Once posted it is gone until its completion; the compiler sees to it:
 //!
 //! ```compile_fail,E0382
 //! # use holdfast_verbs::{Connection, Local, MemoryRegistration, memory::Buffer};

@@ -87,7 +87,12 @@ impl Unconnected {
     ) -> Result<Self, VerbsError> {
         id.state().notify.lock().clone_from(&config.notify);
         id.set_option(ffi::OPTION_ACK_TIMEOUT, config.ack_timeout);
-        let qp = QueuePair::new(id, domain, config.depths)?;
+        let state = Arc::clone(id.state());
+        let qp = QueuePair::new(id, domain, config.depths).map_err(|error| {
+            // A peer that has given up in the meantime makes the call fail with a meaningless "invalid argument".
+            let failure = state.progress.lock().failure;
+            failure.map_or(error, |reason| VerbsError::NotConnected { peer, reason })
+        })?;
         let limits = domain.device().limits();
         let param = ffi::rdma_conn_param {
             private_data: std::ptr::null(),

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::common::{PATIENCE, REGION, config, pair, pair_with, rdma};
 use holdfast_verbs::{
-    Access, ConnectFailure, Device, Listener, ListenerLimits, MemoryRegistration, Operation, Outgoing,
-    ProtectionDomain, Remote, Status, VerbsError, gauges,
+    Access, ConnectFailure, ConnectRequest, Device, Listener, ListenerLimits, MemoryRegistration, Operation,
+    Outgoing, ProtectionDomain, Remote, Status, VerbsError, gauges,
 };
 
 #[test]
@@ -130,6 +130,7 @@ fn a_clean_disconnect_flushes_our_end_too() {
 #[test]
 fn refusals_and_silence_are_told_apart() {
     let Some((_alone, address)) = rdma() else { return };
+    let before = gauges();
     let nobody = std::net::SocketAddr::new(address.ip(), 9);
     let reason = |target, timeout| {
         let outgoing = Outgoing::resolve(target, timeout)?;
@@ -168,6 +169,66 @@ fn refusals_and_silence_are_told_apart() {
     );
     drop(requests.try_recv().unwrap());
     assert_eq!(slow.half_open(), 0);
+    drop((rude, slow));
+    assert_eq!(gauges(), before, "attempts that failed leave nothing behind");
+}
+
+#[test]
+fn an_accepted_peer_that_never_answers_is_dropped_without_a_trace() {
+    let Some((_alone, address)) = rdma() else { return };
+    let before = gauges();
+    let (sender, requests) = crossbeam::channel::unbounded();
+    let listener =
+        Listener::bind(address, ListenerLimits::default(), move |request| drop(sender.send(request)))
+            .unwrap();
+    // The peer gives up between its request and our acceptance.
+    let outgoing = Outgoing::resolve(listener.local_address().unwrap(), Duration::from_millis(200)).unwrap();
+    let domain = ProtectionDomain::new(outgoing.device()).unwrap();
+    outgoing.prepare(&domain, &config()).unwrap().connect(b"").unwrap_err();
+    let request: ConnectRequest = requests.recv_timeout(PATIENCE).unwrap();
+    assert!(request.received().elapsed() >= Duration::from_millis(100));
+    let server_domain = ProtectionDomain::new(request.device()).unwrap();
+    // Some kernels notice when the queue pair is made, some when it is accepted, some only by the silence after it.
+    let accepted = request.connection(&server_domain, &config()).and_then(|incoming| incoming.accept(b""));
+    let failure = match accepted {
+        Ok(connection) => connection.wait_established(Duration::from_millis(300)).unwrap_err(),
+        Err(failure) => failure,
+    };
+    assert!(matches!(failure, VerbsError::NotConnected { .. } | VerbsError::Call { .. }), "{failure}");
+    assert_eq!(listener.half_open(), 0);
+    drop((listener, domain, server_domain));
+    assert_eq!(gauges(), before);
+}
+
+#[test]
+fn many_come_and_go_at_once() {
+    let Some((_alone, address)) = rdma() else { return };
+    drop(pair(address, 1));
+    let before = gauges();
+    std::thread::scope(|scope| {
+        for order in 0..4 {
+            scope.spawn(move || {
+                for _ in 0..4 {
+                    let (mut client, mut server) = pair(address, 4);
+                    let request = client.request(1, Operation::Send, &[order; 3000]);
+                    client.post(request);
+                    assert_eq!(server.next().status, Status::Success);
+                    // Work in flight, and both ends going in either order.
+                    let request = server.region_request(2, Operation::Write(client.remote(0)), 0..REGION);
+                    server.post(request);
+                    if order % 2 == 0 {
+                        drop(client);
+                        server.drain();
+                    } else {
+                        drop(server);
+                        client.drain();
+                    }
+                }
+            });
+        }
+    });
+    let after = gauges();
+    assert_eq!(holdfast_verbs::Gauges { registrations_total: before.registrations_total, ..after }, before);
 }
 
 #[test]
