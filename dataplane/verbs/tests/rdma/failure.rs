@@ -51,6 +51,26 @@ fn writes_outside_the_region_or_its_rights_are_refused() {
 }
 
 #[test]
+fn in_a_chain_the_one_that_failed_is_named() {
+    let Some((_alone, address)) = rdma() else { return };
+    let (mut client, server) = pair(address, 0);
+    let (good, bad) = (server.remote(0), Remote { rkey: !server.remote(0).rkey, ..server.remote(0) });
+    let mut queue: VecDeque<_> = [good, bad, good]
+        .into_iter()
+        .zip(1..)
+        .map(|(remote, token)| {
+            let mut request = client.request(token, Operation::Write(remote), &[5; 500]);
+            request.signaled = false;
+            request
+        })
+        .collect();
+    assert_eq!(client.connection.post(&mut queue).unwrap(), 3);
+    let ends: Vec<_> = client.drain().iter().map(|end| (end.token, end.status)).collect();
+    assert_eq!(ends, [(1, Status::Success), (2, Status::RemoteAccessError), (3, Status::Flushed)]);
+    assert_eq!(client.pool.available(), client.pool.capacity(), "every buffer came back");
+}
+
+#[test]
 fn pool_memory_is_never_exposed() {
     let Some((_alone, address)) = rdma() else { return };
     let (client, _server) = pair(address, 1);
