@@ -2,7 +2,6 @@
 
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_shared::wire::service::TransportKind;
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use std::any::Any;
 use std::io;
@@ -258,7 +257,10 @@ pub trait Listener: Send {
     ///
     /// # Errors
     /// An error of kind `Interrupted` after `stopper` was used; others are the listener's own and final.
-    fn accept(&mut self, prepare: &mut dyn FnMut(SocketAddr) -> Option<Setup>) -> io::Result<Box<dyn Channel>>;
+    fn accept(
+        &mut self,
+        prepare: &mut dyn FnMut(SocketAddr) -> Option<Setup>,
+    ) -> io::Result<Box<dyn Channel>>;
 
     /// Ends a waiting `accept`, now and for ever, from any thread.
     fn stopper(&self) -> Box<dyn Fn() + Send + Sync>;

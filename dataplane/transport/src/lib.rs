@@ -11,20 +11,23 @@
 //!   accepted gets exactly one completion, also when the channel dies.
 //! * Nothing blocks and nothing happens behind the owner's back: work is done in `submit` and `poll` only.
 //! * The peer's memory is named by a [`RegionDescriptor`]; the local side of Place and Fetch is a pool buffer.
+//! * A Place or Fetch of no bytes succeeds and reaches no memory; a Send of no bytes is a message.
 //! * Operations on one channel take effect at the peer in the order they were submitted, except that a Fetch
 //!   may be overtaken by what follows it. A Send after a Place is received only once the placed bytes are there.
 //!
 //! To wait without spinning: register the wake descriptor once, edge triggered, for reading and writing; `poll`
 //! until it yields nothing; `arm`; sleep only if that says [`Armed::Idle`].
 
+mod admission;
 mod channel;
 pub mod memory;
 mod region_table;
+mod stopper;
 pub mod tcp;
 pub mod verbs;
 
 pub use channel::{
-    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Listener, Operation, OperationError, Registrar,
-    Registration, Rejected, RemoteAccess, Setup, SubmitError,
+    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Listener, Operation, OperationError,
+    Registrar, Registration, Rejected, RemoteAccess, Setup, SubmitError,
 };
 pub use holdfast_shared::types::RegionDescriptor;

@@ -1,0 +1,296 @@
+//! [`TcpChannel`]: the trait over the two halves, and how a connection ends.
+
+use super::Ending;
+use super::fetches::Fetches;
+use super::framing::{FETCHES_MAX, LENGTH_MAX, Refusal};
+use super::receive::{Context, Receive, Socket};
+use super::send::{Owned, Transmit};
+use crate::admission::Admission;
+use crate::channel::{
+    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Operation, OperationError, Registrar,
+    Rejected, Setup, SubmitError,
+};
+use crate::region_table::{RegionTable, TableRegistrar};
+use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::wire::service::TransportKind;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::sockopt;
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Unacknowledged bytes for this long mean that the peer is gone.
+const USER_TIMEOUT_MS: u32 = 20_000;
+/// A quiet peer is asked for a sign of life after this long, then this often, this many times.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// One data connection over TCP.
+pub struct TcpChannel {
+    stream: TcpStream,
+    peer: SocketAddr,
+    identity: ChannelIdentity,
+    admission: Admission,
+    table: Arc<RegionTable>,
+    transmit: Transmit,
+    receive: Receive,
+    fetches: Fetches,
+    /// Completions to be handed out.
+    ready: VecDeque<Completion>,
+    /// The last poll sent, and left out receiving because the socket had been found empty.
+    skipped: bool,
+    end: Option<ChannelError>,
+}
+
+/// Connects to `address`, waiting at most `timeout`.
+///
+/// # Errors
+/// The kernel's; `InvalidInput` for a setup that contradicts itself.
+pub fn connect(address: SocketAddr, timeout: Duration, setup: Setup) -> io::Result<TcpChannel> {
+    let stream = TcpStream::connect_timeout(&address, timeout)?;
+    TcpChannel::new(stream, setup, true)
+}
+
+impl TcpChannel {
+    pub(super) fn new(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
+        sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+        let (client, server) = if is_client { (local, peer) } else { (peer, local) };
+        let identity = ChannelIdentity {
+            transport: TransportKind::Tcp,
+            client: ChannelIdentity::tcp_end(client),
+            server: ChannelIdentity::tcp_end(server),
+        };
+        let capabilities = Capabilities {
+            message_bytes_max: LENGTH_MAX,
+            transfer_bytes_max: LENGTH_MAX,
+            depth: setup.depth,
+            zero_copy: false,
+        };
+        let mut admission = Admission::new(&setup, capabilities)?;
+        let (operations, receives) = (admission.operations_reserve(), admission.receives_reserve());
+        let mut receive = Receive::with_capacity(receives);
+        for (token, buffer) in setup.receives {
+            admission.enter(Kind::Recv);
+            receive.post(token, buffer);
+        }
+        Ok(Self {
+            stream,
+            peer,
+            identity,
+            admission,
+            table: RegionTable::new(),
+            transmit: Transmit::with_capacity(operations + FETCHES_MAX + 1),
+            receive,
+            fetches: Fetches::with_capacity(operations),
+            ready: VecDeque::with_capacity(operations + receives),
+            skipped: false,
+            end: None,
+        })
+    }
+
+    /// Sends, receives, and sends what receiving gave rise to.
+    fn advance(&mut self) -> Result<(), Ending> {
+        let sent = self.send()?;
+        // Right after a receive that left the socket empty there is hardly anything new: save the call, but never twice
+        // in a row, so that who polls without arming is served too.
+        let probably_empty = self.receive.socket() != Socket::Unknown;
+        self.skipped = sent && probably_empty && !self.skipped && !self.receive.can_resume();
+        if self.skipped {
+            return Ok(());
+        }
+        let mut context = Context {
+            table: &self.table,
+            fetches: &mut self.fetches,
+            transmit: &mut self.transmit,
+            ready: &mut self.ready,
+        };
+        self.receive.pull(self.stream.as_fd(), &mut context)?;
+        self.send()?;
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<bool, Ending> {
+        while let Some(frame) = self.fetches.ask() {
+            self.transmit.add(frame);
+        }
+        if self.transmit.is_empty() {
+            return Ok(false);
+        }
+        self.transmit.push(self.stream.as_fd(), &mut self.ready)
+    }
+
+    fn finish(&mut self, ending: Ending) {
+        let mut refused_place = None;
+        let mut how = Shutdown::Both;
+        let error = match ending {
+            Ending::Disconnected => ChannelError::Disconnected,
+            Ending::Io(error) => match error.kind() {
+                io::ErrorKind::ConnectionReset
+                | io::ErrorKind::BrokenPipe
+                | io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::TimedOut
+                | io::ErrorKind::HostUnreachable
+                | io::ErrorKind::NetworkUnreachable => ChannelError::Disconnected,
+                _ => ChannelError::Transport(error.to_string()),
+            },
+            Ending::Misbehaved(why) => {
+                tracing::warn!(peer = %self.peer, why, "data connection dropped: the peer misbehaved");
+                ChannelError::Misbehaved(why)
+            }
+            Ending::Refuse { why, refusal, tag } => {
+                tracing::warn!(peer = %self.peer, why, "data connection dropped: the peer misbehaved");
+                self.transmit.refuse(self.stream.as_fd(), refusal, tag, &mut self.ready);
+                // What the peer has sent meanwhile stays unread; were the connection closed now, that would take
+                // the refusal away from it.
+                how = Shutdown::Write;
+                ChannelError::Misbehaved(why)
+            }
+            Ending::Refused { refusal: Refusal::Access, tag } => {
+                refused_place = Some(tag);
+                if let Some(pending) = self.fetches.answered(tag) {
+                    self.ready.push_back(pending.complete(Err(OperationError::RemoteAccess)));
+                }
+                ChannelError::Transport(OperationError::RemoteAccess.to_string())
+            }
+            Ending::Refused { refusal: Refusal::Length, .. } => {
+                ChannelError::Transport("a message was longer than the peer's buffer for it".into())
+            }
+        };
+        self.transmit.flush(refused_place, &mut self.ready);
+        self.flush(error, how);
+    }
+
+    fn flush(&mut self, error: ChannelError, how: Shutdown) {
+        self.transmit.flush(None, &mut self.ready);
+        self.receive.flush(&mut self.ready);
+        self.ready.extend(self.fetches.flush().map(|pending| pending.complete(Err(OperationError::Flushed))));
+        // It may be down already.
+        let _ = self.stream.shutdown(how);
+        self.end = Some(error);
+    }
+
+    /// Asks the kernel whether the socket has something, without waiting.
+    fn socket_has(&self, flags: PollFlags) -> bool {
+        let mut fds = [PollFd::new(&self.stream, flags)];
+        let outcome = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+        // An error here is no reason to sleep.
+        outcome.is_err() || !fds[0].revents().is_empty()
+    }
+}
+
+impl Channel for TcpChannel {
+    fn identity(&self) -> &ChannelIdentity {
+        &self.identity
+    }
+
+    fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.admission.capabilities()
+    }
+
+    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
+        let admitted = match self.end {
+            Some(_) => Err(SubmitError::Closed),
+            None => self.admission.check(&operation),
+        };
+        if let Err(error) = admitted {
+            return Err(Rejected { error, operation });
+        }
+        let kind = operation.kind();
+        self.admission.enter(kind);
+        match operation {
+            Operation::Send { buffer, length } => {
+                self.transmit.add_message(Owned { token, kind, buffer, length });
+            }
+            Operation::Recv { buffer } => self.receive.post(token, buffer),
+            Operation::Place { buffer, remote } | Operation::Fetch { buffer, remote }
+                if remote.length() == 0 =>
+            {
+                self.ready.push_back(Completion { token, kind, buffer, outcome: Ok(0) });
+            }
+            Operation::Place { buffer, remote } => {
+                let length = remote.length() as usize;
+                self.transmit.add_place(Owned { token, kind, buffer, length }, remote);
+            }
+            Operation::Fetch { buffer, remote } => self.fetches.submit(token, buffer, remote),
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
+        if self.end.is_none() {
+            if let Err(ending) = self.advance() {
+                self.finish(ending);
+            }
+        }
+        let count = self.ready.len();
+        for completion in self.ready.drain(..) {
+            self.admission.leave(completion.kind);
+            done.push(completion);
+        }
+        count
+    }
+
+    fn arm(&mut self) -> Armed {
+        if !self.ready.is_empty() {
+            return Armed::Pending;
+        }
+        if self.end.is_some() {
+            return Armed::Idle;
+        }
+        if self.transmit.is_pending() || self.fetches.can_ask() || self.receive.can_resume() {
+            return Armed::Pending;
+        }
+        if self.receive.is_stalled() {
+            // Nothing is read now, so that only this shows that the connection was reset.
+            if self.socket_has(PollFlags::empty()) {
+                self.finish(Ending::Disconnected);
+                return Armed::Pending;
+            }
+            return Armed::Idle;
+        }
+        match self.receive.socket() {
+            Socket::Unknown => Armed::Pending,
+            Socket::Empty => Armed::Idle,
+            // Bytes that come from now on give an edge. The end of the stream may have come with the last bytes,
+            // and would give none.
+            Socket::Short if self.socket_has(PollFlags::IN | PollFlags::RDHUP) => {
+                self.receive.mark_readable();
+                Armed::Pending
+            }
+            Socket::Short => Armed::Idle,
+        }
+    }
+
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    fn close(&mut self) {
+        if self.end.is_none() {
+            self.flush(ChannelError::Closed, Shutdown::Both);
+        }
+    }
+
+    fn ended(&self) -> Option<ChannelError> {
+        self.end.clone()
+    }
+
+    fn registrar(&self) -> Arc<dyn Registrar> {
+        Arc::new(TableRegistrar(Arc::clone(&self.table)))
+    }
+}

@@ -1,0 +1,80 @@
+//! The Fetches of this side: which wait for their turn, which are asked, and where their answers go.
+//!
+//! ```text
+//!   submit ──► waiting ──(fewer than FETCHES_MAX asked)──► asked ──FetchData{tag}──► completion
+//! ```
+
+use super::framing::{FETCHES_MAX, Frame};
+use crate::channel::{Completion, Kind, OperationError};
+use holdfast_shared::types::RegionDescriptor;
+use holdfast_verbs::memory::Buffer;
+use slab::Slab;
+use std::collections::VecDeque;
+
+/// A Fetch that was accepted.
+pub(super) struct Pending {
+    pub(super) token: u64,
+    pub(super) buffer: Buffer,
+    pub(super) length: usize,
+    asked: bool,
+}
+
+impl Pending {
+    pub(super) fn complete(self, outcome: Result<usize, OperationError>) -> Completion {
+        Completion { token: self.token, kind: Kind::Fetch, buffer: self.buffer, outcome }
+    }
+}
+
+/// All Fetches that were accepted and are not answered.
+pub(super) struct Fetches {
+    /// The key is the tag on the wire.
+    pending: Slab<Pending>,
+    waiting: VecDeque<(usize, RegionDescriptor)>,
+    asked: usize,
+}
+
+impl Fetches {
+    pub(super) fn with_capacity(count: usize) -> Self {
+        Self { pending: Slab::with_capacity(count), waiting: VecDeque::with_capacity(count), asked: 0 }
+    }
+
+    pub(super) fn submit(&mut self, token: u64, buffer: Buffer, remote: RegionDescriptor) {
+        let length = remote.length() as usize;
+        let key = self.pending.insert(Pending { token, buffer, length, asked: false });
+        self.waiting.push_back((key, remote));
+    }
+
+    /// The next to ask for, if the peer may be asked for one more.
+    pub(super) fn ask(&mut self) -> Option<Frame> {
+        if self.asked >= FETCHES_MAX {
+            return None;
+        }
+        let (key, remote) = self.waiting.pop_front()?;
+        if let Some(pending) = self.pending.get_mut(key) {
+            pending.asked = true;
+            self.asked += 1;
+        }
+        // Fewer keys are in use than the depth of a channel, which is far below 2^32.
+        Some(Frame::Fetch { remote, tag: u32::try_from(key).ok()? })
+    }
+
+    /// True if `ask` would give one.
+    pub(super) fn can_ask(&self) -> bool {
+        self.asked < FETCHES_MAX && !self.waiting.is_empty()
+    }
+
+    /// Takes the Fetch an answer is for, if it was asked.
+    pub(super) fn answered(&mut self, tag: u32) -> Option<Pending> {
+        let key = usize::try_from(tag).ok()?;
+        self.pending.get(key).filter(|pending| pending.asked)?;
+        self.asked -= 1;
+        self.pending.try_remove(key)
+    }
+
+    /// Takes all of them.
+    pub(super) fn flush(&mut self) -> impl Iterator<Item = Pending> + '_ {
+        self.waiting.clear();
+        self.asked = 0;
+        self.pending.drain()
+    }
+}
