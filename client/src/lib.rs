@@ -1,1 +1,37 @@
-//! The Holdfast client library: sessions, opens, bindings, regions, reads and writes.
+//! The Holdfast client library.
+//!
+//! ```text
+//!   Config ─► Session ─ open ─► Open ─ bind on a DataChannel ─► Binding ─ read_at / write_at ─► Region
+//!             (TLS, control)    (resume key, challenge)         (verbs or tcp)            (registered memory)
+//! ```
+//!
+//! * A [`Session`] is one authenticated control connection. Files are named, opened and described there.
+//! * An [`Open`] is the server's object: one granted access to one file.
+//! * A file's bytes never pass through the control connection.
+
+mod config;
+mod error;
+mod open;
+mod requests;
+mod session;
+mod tls;
+
+pub use config::{Config, Tls, Transport};
+pub use error::{Ended, Error, Refusal, Result};
+pub use open::{Open, OpenOptions};
+pub use requests::{Changes, Listing};
+pub use session::Session;
+
+pub use holdfast_shared::auth::MacPolicy;
+pub use holdfast_shared::types::{Access, Disposition, FileTime, OpenId, ShareMode, Status};
+pub use holdfast_shared::wire::control::{
+    Attributes, Entry, FileKind, KeyGrant, Place, VolumeInfo, VolumeStatus,
+};
+pub use holdfast_shared::wire::service::{Endpoint, ServiceBlob, TransportKind};
+
+/// Bytes nobody can guess.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Error::Internal("the system gives no randomness"))?;
+    Ok(bytes)
+}

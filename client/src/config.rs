@@ -1,0 +1,172 @@
+//! `client.toml`, typed: parsed once, unknown fields refused, everything defaulted.
+
+use crate::error::{Error, Result};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How data channels are carried.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// RDMA verbs where both sides have it, else TCP.
+    #[default]
+    Auto,
+    /// RDMA verbs or an error.
+    Verbs,
+    /// TCP.
+    Tcp,
+}
+
+impl std::str::FromStr for Transport {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "verbs" => Ok(Self::Verbs),
+            "tcp" => Ok(Self::Tcp),
+            other => Err(format!("'{other}' is not a transport; choose auto, verbs or tcp")),
+        }
+    }
+}
+
+/// The files that prove who the client is, and tell it whom to trust.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// Certificates (PEM) of the authorities that may have signed the server's.
+    pub ca: PathBuf,
+    /// The client's certificate chain (PEM), its own first.
+    pub certificate: PathBuf,
+    /// The client's private key (PEM).
+    pub key: PathBuf,
+}
+
+/// Everything a client needs to reach a server.
+///
+/// ```
+/// let config = holdfast_client::Config::parse(
+///     r#"
+///     server = "10.0.0.7:7700"
+///     server_name = "files.example"
+///     transport = "tcp"
+///     [tls]
+///     ca = "pki/ca.pem"
+///     certificate = "pki/client.pem"
+///     key = "pki/client.key"
+///     "#,
+///     "/etc/holdfast/client.toml".as_ref(),
+/// )
+/// .unwrap();
+/// assert_eq!(config.tls.ca, std::path::Path::new("/etc/holdfast/pki/ca.pem"));
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where control listens: `address:port` or `host:port`.
+    #[serde(default = "default_server")]
+    pub server: String,
+    /// The name that the server's certificate must carry.
+    #[serde(default = "default_server_name")]
+    pub server_name: String,
+    /// How data channels are carried.
+    #[serde(default)]
+    pub transport: Transport,
+    /// Longest wait for a connection, milliseconds.
+    #[serde(default = "default_connect_ms_max")]
+    pub connect_ms_max: u64,
+    /// Longest wait for the answer to one request on the control connection, milliseconds.
+    #[serde(default = "default_request_ms_max")]
+    pub request_ms_max: u64,
+    /// Requests this client has in flight on one channel at most; the server may grant fewer.
+    #[serde(default = "default_in_flight_max")]
+    pub in_flight_max: u16,
+    /// Who we are, and whom to trust.
+    pub tls: Tls,
+}
+
+fn default_server() -> String {
+    "127.0.0.1:7700".into()
+}
+fn default_server_name() -> String {
+    "localhost".into()
+}
+fn default_connect_ms_max() -> u64 {
+    5_000
+}
+fn default_request_ms_max() -> u64 {
+    30_000
+}
+fn default_in_flight_max() -> u16 {
+    256
+}
+
+impl Config {
+    /// Reads `client.toml`. Relative paths in it count from its own directory.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the file and what is wrong in it.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error::Config { path: path.into(), reason: error.to_string() })?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses the text of a `client.toml` that stands at `path`.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let refuse = |reason: String| Error::Config { path: path.into(), reason };
+        let mut config: Self = toml::from_str(text).map_err(|error| refuse(error.to_string()))?;
+        if config.in_flight_max == 0 {
+            return Err(refuse("in_flight_max must be at least 1".into()));
+        }
+        if config.connect_ms_max == 0 || config.request_ms_max == 0 {
+            return Err(refuse("a wait of 0 ms never succeeds; write at least 1".into()));
+        }
+        let base = path.parent().unwrap_or(Path::new(""));
+        for file in [&mut config.tls.ca, &mut config.tls.certificate, &mut config.tls.key] {
+            *file = base.join(&*file);
+        }
+        Ok(config)
+    }
+
+    pub(crate) fn connect_max(&self) -> Duration {
+        Duration::from_millis(self.connect_ms_max)
+    }
+
+    pub(crate) fn request_max(&self) -> Duration {
+        Duration::from_millis(self.request_ms_max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TLS: &str = "[tls]\nca='a'\ncertificate='/b'\nkey='c'\n";
+
+    #[test]
+    fn defaults_fill_what_is_absent() {
+        let config = Config::parse(TLS, Path::new("dir/client.toml")).unwrap();
+        assert_eq!((config.server.as_str(), config.transport), ("127.0.0.1:7700", Transport::Auto));
+        assert_eq!(config.tls.ca, Path::new("dir/a"));
+        assert_eq!(config.tls.certificate, Path::new("/b"));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, wanted) in [
+            (format!("sever='x'\n{TLS}"), "sever"),
+            (format!("transport='ib'\n{TLS}"), "ib"),
+            (format!("in_flight_max=0\n{TLS}"), "in_flight_max"),
+            (format!("connect_ms_max=0\n{TLS}"), "0 ms"),
+            (String::new(), "tls"),
+        ] {
+            let error = Config::parse(&text, Path::new("client.toml")).unwrap_err().to_string();
+            assert!(error.contains(wanted) && error.contains("client.toml"), "{error}");
+        }
+    }
+}
