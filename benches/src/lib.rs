@@ -1,1 +1,1 @@
-//! Criterion benchmarks of Holdfast.
+//! Criterion benchmarks of Holdfast; the programs are beside this folder, and README.md says how to run them.
