@@ -29,6 +29,12 @@ pub use holdfast_shared::wire::control::{
 };
 pub use holdfast_shared::wire::service::{Endpoint, ServiceBlob, TransportKind};
 
+/// Reading certificates, for tools that make them.
+pub mod pem {
+    pub use rustls::pki_types::CertificateDer;
+    pub use rustls::pki_types::pem::PemObject;
+}
+
 /// Bytes nobody can guess.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];

@@ -1,3 +1,63 @@
-//! The holdfast command: init, serve, ls, stat, cat, cp, doctor.
+//! The `holdfast` command.
+//!
+//! ```text
+//!   args      what can be typed                        init, cert    make a private CA, certificates, configs
+//!   remote    VOLUME:/path                             serve         start and supervise both planes
+//!   names     ls stat mkdir rm mv df volumes           copy, cat     move bytes
+//!   output    tables, sizes, times                     doctor        is RDMA in use, and if not, why
+//! ```
 
-fn main() {}
+mod args;
+mod cert;
+mod exit;
+mod init;
+mod names;
+mod output;
+mod pki;
+mod remote;
+mod serve;
+
+use args::{Cli, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::PlaneGuard(guard) = &cli.command {
+        return exit::report(serve::guard::run(guard), false);
+    }
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(cli.command.default_log()));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // `serve` must spawn its children from a thread that lives as long as it does (see serve::guard).
+    let mut builder = match cli.command {
+        Command::Serve(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let json = cli.json_errors();
+    let runtime = match builder.enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit::report(Err(error.into()), json),
+    };
+    let result = runtime.block_on(run(cli));
+    // Blocking work that hangs (a dead disk) must not keep the command from ending.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    exit::report(result, json)
+}
+
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    let connection = cli.connection;
+    match cli.command {
+        Command::Init(init) => init::run(&init),
+        Command::Cert(cert) => cert::run(&cert),
+        Command::Serve(serve) => serve::run(&serve).await,
+        Command::Ls(ls) => names::ls(&connection, &ls).await,
+        Command::Stat(stat) => names::stat(&connection, &stat).await,
+        Command::Mkdir(mkdir) => names::mkdir(&connection, &mkdir).await,
+        Command::Rm(rm) => names::rm(&connection, &rm).await,
+        Command::Mv(mv) => names::mv(&connection, &mv).await,
+        Command::Df(df) => names::df(&connection, &df).await,
+        Command::Volumes(volumes) => names::volumes(&connection, &volumes).await,
+        Command::PlaneGuard(guard) => serve::guard::run(&guard),
+    }
+}

@@ -22,7 +22,7 @@ pub fn program(name: &str) -> PathBuf {
 pub fn rdma_address() -> Option<String> {
     let found = holdfast_verbs::Device::list()
         .ok()
-        .and_then(|devices| devices.iter().flat_map(|d| d.ipv4_addresses()).next().map(|a| a.to_string()));
+        .and_then(|devices| devices.iter().filter_map(|d| d.ipv4_addresses().ok()).flatten().next().map(|a| a.to_string()));
     if found.is_none() {
         assert!(std::env::var("HOLDFAST_REQUIRE_RDMA").as_deref() != Ok("1"), "HOLDFAST_REQUIRE_RDMA=1, and no RDMA device");
         eprintln!("skipped over verbs: no RDMA device");

@@ -1,0 +1,288 @@
+//! What can be typed.
+
+use crate::remote::Remote;
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use holdfast_client::{Config, Session};
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// Files over RDMA, through handles that hold.
+#[derive(Parser, Debug)]
+#[command(name = "holdfast", version, about, after_help = crate::exit::HELP, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How to reach the server.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct Connection {
+    /// The client's configuration; `holdfast init` makes one
+    #[arg(long, global = true, env = "HOLDFAST_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Another server address than the configuration's
+    #[arg(long, global = true, value_name = "ADDRESS:PORT")]
+    pub(crate) server: Option<String>,
+}
+
+impl Connection {
+    /// Reads the configuration.
+    pub(crate) fn load(&self) -> anyhow::Result<Config> {
+        let path = self.config.as_ref().context(
+            "no configuration: give --config D/client.toml or set HOLDFAST_CONFIG (`holdfast init --dir D` makes one)",
+        )?;
+        let mut config = Config::load(path)?;
+        if let Some(server) = &self.server {
+            config.server.clone_from(server);
+        }
+        Ok(config)
+    }
+
+    /// Reads the configuration and connects.
+    pub(crate) async fn connect(&self) -> anyhow::Result<Session> {
+        Ok(Session::connect(&self.load()?).await?)
+    }
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    Init(Init),
+    Cert(Cert),
+    Serve(Serve),
+    Ls(Ls),
+    Stat(Stat),
+    Mkdir(Mkdir),
+    Rm(Rm),
+    Mv(Mv),
+    Df(Df),
+    Volumes(Volumes),
+    #[command(hide = true)]
+    PlaneGuard(PlaneGuard),
+}
+
+impl Command {
+    /// What is logged without HOLDFAST_LOG: a server tells what it does, a command only what goes wrong.
+    pub(crate) fn default_log(&self) -> &'static str {
+        match self {
+            Self::Serve(_) => "info",
+            _ => "warn",
+        }
+    }
+}
+
+impl Cli {
+    /// True if errors are to be told as JSON too.
+    pub(crate) fn json_errors(&self) -> bool {
+        match &self.command {
+            Command::Serve(a) => a.json,
+            Command::Ls(a) => a.json,
+            Command::Stat(a) => a.json,
+            Command::Df(a) => a.json,
+            Command::Volumes(a) => a.json,
+            _ => false,
+        }
+    }
+}
+
+/// Make a private CA, certificates and configuration files for one server and its first client
+///
+/// Nothing that exists is overwritten. Keys are readable by their owner only.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast init --dir /srv/holdfast
+  holdfast init --dir /srv/holdfast --volume db=/var/lib/db --address 10.0.0.7 --port 7700")]
+pub(crate) struct Init {
+    /// Where everything goes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// A volume to serve; may be repeated [default: data=DIR/data]
+    #[arg(long = "volume", value_name = "NAME=PATH")]
+    pub(crate) volumes: Vec<String>,
+    /// Where the server listens; may be repeated, the client is given the first
+    #[arg(long = "address", value_name = "IP", default_value = "127.0.0.1")]
+    pub(crate) addresses: Vec<IpAddr>,
+    /// Control's port; the data plane gets the next one. 0: any free ports, told when the server is ready
+    #[arg(long, default_value_t = 7700)]
+    pub(crate) port: u16,
+    /// The first client's principal, as its certificate names it
+    #[arg(long, default_value = "client", value_name = "NAME")]
+    pub(crate) principal: String,
+    /// How data channels are protected: header, payload, sealed, or none (for private networks only)
+    #[arg(long, default_value = "header", value_parser = ["none", "header", "payload", "sealed"])]
+    pub(crate) mac_policy: String,
+}
+
+/// Issue a certificate for another client, from a CA that `init` made
+#[derive(Args, Debug)]
+#[command(after_help = "Example:
+  holdfast cert --dir /srv/holdfast --principal backup")]
+pub(crate) struct Cert {
+    /// The directory given to `init`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// The client's principal
+    #[arg(long, value_name = "NAME")]
+    pub(crate) principal: String,
+}
+
+/// Start both server processes and watch over them until SIGTERM or SIGINT
+///
+/// A process that dies is started again, later each time; the other keeps every open alive meanwhile.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast serve --dir /srv/holdfast
+  holdfast serve --dir /srv/holdfast --json   # one JSON line from each process when it is ready, then one for all
+
+On SIGTERM the data plane stops first, then control; what has not stopped after 10 seconds is killed. Exit code 0.")]
+pub(crate) struct Serve {
+    /// The directory given to `init`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// Where holdfast-control and holdfast-dataplane are [default: beside this program]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) bin_dir: Option<PathBuf>,
+    /// Tell readiness as JSON lines
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// List a directory, or one file
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast ls data:/
+  holdfast ls --json data:/tables")]
+pub(crate) struct Ls {
+    /// VOLUME:/path
+    pub(crate) path: Remote,
+    /// A JSON array of entries
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show the attributes of a file, directory or symbolic link
+#[derive(Args, Debug)]
+#[command(after_help = "Example:
+  holdfast stat data:/tables/a.db")]
+pub(crate) struct Stat {
+    /// VOLUME:/path
+    pub(crate) path: Remote,
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Make directories
+#[derive(Args, Debug)]
+#[command(after_help = "Example:
+  holdfast mkdir -p data:/a/b/c")]
+pub(crate) struct Mkdir {
+    /// VOLUME:/path
+    #[arg(required = true)]
+    pub(crate) paths: Vec<Remote>,
+    /// Make missing parents too, and accept a directory that exists
+    #[arg(short, long)]
+    pub(crate) parents: bool,
+    /// Permission bits, octal
+    #[arg(long, default_value = "755", value_parser = parse_mode)]
+    pub(crate) mode: u32,
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o1777 => Ok(mode),
+        _ => Err("permission bits are octal, from 0 to 1777".into()),
+    }
+}
+
+/// Remove files, symbolic links or directories
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast rm data:/old.db
+  holdfast rm -r data:/old")]
+pub(crate) struct Rm {
+    /// VOLUME:/path
+    #[arg(required = true)]
+    pub(crate) paths: Vec<Remote>,
+    /// Directories and all that is in them
+    #[arg(short, long)]
+    pub(crate) recursive: bool,
+    /// What does not exist is no error
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+/// Rename within one volume
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast mv data:/a.tmp data:/a
+  holdfast mv data:/a data:/old/     # into a directory that exists")]
+pub(crate) struct Mv {
+    /// VOLUME:/path
+    pub(crate) from: Remote,
+    /// VOLUME:/path in the same volume
+    pub(crate) to: Remote,
+    /// Refuse to replace an existing file
+    #[arg(short, long)]
+    pub(crate) no_clobber: bool,
+}
+
+/// Size and room of volumes
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast df
+  holdfast df data --json")]
+pub(crate) struct Df {
+    /// Volumes [default: all that this client may use]
+    pub(crate) volumes: Vec<String>,
+    /// A JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The volumes this client may use
+#[derive(Args, Debug)]
+pub(crate) struct Volumes {
+    /// A JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// (internal) Ask the kernel to end this process with its parent, then become PROGRAM
+#[derive(Args, Debug)]
+pub(crate) struct PlaneGuard {
+    /// Process id of the parent
+    #[arg(long)]
+    pub(crate) parent: i32,
+    /// What to become
+    #[arg(required = true, trailing_var_arg = true)]
+    pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_visible_command_has_help() {
+        for command in Cli::command().get_subcommands().filter(|c| !c.is_hide_set()) {
+            assert!(command.get_about().is_some(), "{} has no text", command.get_name());
+        }
+    }
+
+    #[test]
+    fn modes_are_octal_and_without_set_id_bits() {
+        assert_eq!(parse_mode("750"), Ok(0o750));
+        for wrong in ["9", "4755", "-1", ""] {
+            assert!(parse_mode(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! `holdfast init`: private CA, certificates, configuration files.
+//!
+//! ```text
+//!   DIR/pki/      ca.pem ca.key server.pem server.key client.pem client.key      keys 0600
+//!   DIR/          control.toml dataplane.toml client.toml
+//!   DIR/state/    what the server keeps; mode 0700
+//!   DIR/data/     the default volume
+//! ```
+
+use crate::args::Init;
+use crate::pki::{Authority, check_principal};
+use crate::remote::check_volume_name;
+use anyhow::{Context, bail};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+pub(crate) fn run(args: &Init) -> anyhow::Result<()> {
+    let volumes = volumes(args)?;
+    check_principal(&args.principal)?;
+    if args.port == u16::MAX {
+        bail!("--port {} leaves no port for the data plane; choose a smaller one", args.port);
+    }
+    let dir = &args.dir;
+    for name in ["control.toml", "dataplane.toml", "client.toml", "pki", "state"] {
+        let path = dir.join(name);
+        if path.symlink_metadata().is_ok() {
+            bail!(
+                "{} exists already, and nothing is overwritten; choose another --dir, or remove it",
+                path.display()
+            );
+        }
+    }
+    make_directory(dir, 0o755)?;
+    make_directory(&dir.join("pki"), 0o700)?;
+    make_directory(&dir.join("state"), 0o700)?;
+    for (_, directory) in &volumes {
+        make_directory(directory, 0o755)?;
+    }
+    write_pki(args)?;
+    write_new(&dir.join("control.toml"), &control_toml(args, &volumes), 0o644)?;
+    write_new(&dir.join("dataplane.toml"), &dataplane_toml(args), 0o644)?;
+    write_new(&dir.join("client.toml"), &client_toml(args), 0o644)?;
+    tell(args, &volumes);
+    Ok(())
+}
+
+/// The volumes asked for: names checked, directories absolute.
+fn volumes(args: &Init) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut volumes = Vec::new();
+    for text in &args.volumes {
+        let (name, directory) = text
+            .split_once('=')
+            .with_context(|| format!("--volume {text}: write NAME=PATH, such as data=/srv/data"))?;
+        check_volume_name(name).map_err(anyhow::Error::msg)?;
+        if directory.is_empty() {
+            bail!("--volume {text}: the path is missing");
+        }
+        volumes.push((name.to_owned(), std::path::absolute(directory)?));
+    }
+    if volumes.is_empty() {
+        volumes.push(("data".to_owned(), std::path::absolute(args.dir.join("data"))?));
+    }
+    let names: BTreeSet<&str> = volumes.iter().map(|(name, _)| name.as_str()).collect();
+    if names.len() != volumes.len() {
+        bail!("two volumes have the same name");
+    }
+    Ok(volumes)
+}
+
+fn make_directory(path: &Path, mode: u32) -> anyhow::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .with_context(|| format!("cannot make {}", path.display()))
+}
+
+/// Writes a file that must not exist yet.
+pub(crate) fn write_new(path: &Path, text: &str, mode: u32) -> anyhow::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn write_pki(args: &Init) -> anyhow::Result<()> {
+    let pki = args.dir.join("pki");
+    let (authority, ca) = Authority::new()?;
+    let mut names: BTreeSet<String> = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).into();
+    names.extend(args.addresses.iter().filter(|ip| !ip.is_unspecified()).map(IpAddr::to_string));
+    let server = authority.server(names.into_iter().collect())?;
+    let client = authority.client(&args.principal)?;
+    for (name, identity) in [("ca", ca), ("server", server), ("client", client)] {
+        write_new(&pki.join(format!("{name}.pem")), &identity.certificate, 0o644)?;
+        write_new(&pki.join(format!("{name}.key")), &identity.key, 0o600)?;
+    }
+    Ok(())
+}
+
+/// A TOML string.
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
+fn control_toml(args: &Init, volumes: &[(String, PathBuf)]) -> String {
+    let listen: Vec<String> =
+        args.addresses.iter().map(|ip| quoted(&SocketAddr::new(*ip, args.port).to_string())).collect();
+    let mut text = format!(
+        "# The control process: authenticates clients, opens files, issues resume keys.
+# Relative paths count from this file's directory.
+
+# Where clients connect (TCP, TLS 1.3). Port 0: any free one.
+listen = [{}]
+
+# Secrets, the link and admin sockets. Readable by the server's user only.
+state_dir = \"state\"
+
+[tls]
+# The server's certificate chain and key (PEM).
+certificate = \"pki/server.pem\"
+key = \"pki/server.key\"
+# Clients' certificates must be signed by one of these.
+client_ca = \"pki/ca.pem\"
+",
+        listen.join(", ")
+    );
+    for (name, directory) in volumes {
+        let _ = write!(
+            text,
+            "
+[[volume]]
+name = {}
+directory = {}
+# What protects the data channels: \"header\" (each frame has a MAC), \"payload\" (file bytes have a digest too),
+# \"sealed\" (file bytes are encrypted), or \"none\" (private networks only).
+mac_policy = {}
+
+# Who may use the volume. The principal is the client certificate's SAN (or its CN); access is \"read\" or \"read-write\".
+[[volume.grant]]
+principal = {}
+access = \"read-write\"
+",
+            quoted(name),
+            quoted(&directory.to_string_lossy()),
+            quoted(&args.mac_policy),
+            quoted(&args.principal)
+        );
+    }
+    text
+}
+
+fn dataplane_toml(args: &Init) -> String {
+    let port = if args.port == 0 { 0 } else { args.port + 1 };
+    let address = args.addresses.first().copied().unwrap_or(IpAddr::from([127, 0, 0, 1]));
+    format!(
+        "# The dataplane process: moves bytes between files and clients' memory.
+# Relative paths count from this file's directory.
+
+# Control's link socket: state_dir of control.toml, then link.sock.
+link = \"state/link.sock\"
+
+[tcp]
+# Data channels over TCP. Port 0: any free one.
+listen = {}
+
+[verbs]
+# Data channels over RDMA: \"auto\" (if there is a device), \"on\" (fail without one) or \"off\".
+enabled = \"auto\"
+# In rdmacm's TCP port space.
+port = {port}
+# Where to listen; empty: every IPv4 address of every RDMA device.
+addresses = []
+",
+        quoted(&SocketAddr::new(address, port).to_string())
+    )
+}
+
+fn client_toml(args: &Init) -> String {
+    let address = match args.addresses.first() {
+        Some(ip) if !ip.is_unspecified() => *ip,
+        _ => IpAddr::from([127, 0, 0, 1]),
+    };
+    format!(
+        "# A client. Copy this file, pki/ca.pem, pki/client.pem and pki/client.key (keep it secret) to the client's host.
+# Relative paths count from this file's directory.
+
+# Where control listens.
+server = {}
+# The name that the server's certificate must carry.
+server_name = \"localhost\"
+# How data channels are carried: \"auto\" (RDMA where both sides have it, else TCP), \"verbs\" or \"tcp\".
+transport = \"auto\"
+# Longest wait for a connection, and for the answer to a request, milliseconds.
+connect_ms_max = 5000
+request_ms_max = 30000
+# Requests in flight on one channel at most; the server may grant fewer.
+in_flight_max = 256
+
+[tls]
+ca = \"pki/ca.pem\"
+certificate = \"pki/client.pem\"
+key = \"pki/client.key\"
+",
+        quoted(&SocketAddr::new(address, args.port).to_string())
+    )
+}
+
+fn tell(args: &Init, volumes: &[(String, PathBuf)]) {
+    let dir = args.dir.display();
+    println!(
+        "made a private CA, certificates for the server and for '{}', and three configuration files in {dir}",
+        args.principal
+    );
+    for (name, directory) in volumes {
+        println!("volume {name}: {}", directory.display());
+    }
+    println!();
+    println!("next:");
+    println!("  holdfast serve --dir {dir}");
+    println!("  export HOLDFAST_CONFIG={dir}/client.toml");
+    if let Some((name, _)) = volumes.first() {
+        println!("  holdfast ls {name}:/");
+        println!("  holdfast cp FILE {name}:/");
+    }
+    println!("  holdfast doctor");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn args(dir: &Path) -> Init {
+        Init {
+            dir: dir.into(),
+            volumes: vec![format!("a={}", dir.join("we\"ird").display()), "b=/tmp".into()],
+            addresses: vec!["127.0.0.1".parse().unwrap(), "::1".parse().unwrap()],
+            port: 7700,
+            principal: "client".into(),
+            mac_policy: "header".into(),
+        }
+    }
+
+    #[test]
+    fn everything_is_made_once_and_keys_are_private() {
+        let temp = tempfile::tempdir().unwrap();
+        let args = args(&temp.path().join("d"));
+        run(&args).unwrap();
+        for key in ["ca.key", "server.key", "client.key"] {
+            let mode = std::fs::metadata(args.dir.join("pki").join(key)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{key}");
+        }
+        assert_eq!(std::fs::metadata(args.dir.join("state")).unwrap().permissions().mode() & 0o777, 0o700);
+        for file in ["control.toml", "dataplane.toml", "client.toml"] {
+            let text = std::fs::read_to_string(args.dir.join(file)).unwrap();
+            toml::from_str::<toml::Table>(&text).unwrap_or_else(|e| panic!("{file}: {e}"));
+        }
+        holdfast_client::Config::load(&args.dir.join("client.toml")).unwrap();
+        let again = run(&args).unwrap_err().to_string();
+        assert!(again.contains("nothing is overwritten"), "{again}");
+    }
+
+    #[test]
+    fn volumes_are_checked() {
+        let temp = tempfile::tempdir().unwrap();
+        for wrong in ["data", "=x", "a b=/x", "a="] {
+            let mut args = args(temp.path());
+            args.volumes = vec![wrong.into()];
+            assert!(volumes(&args).is_err(), "{wrong}");
+        }
+        let mut args = args(temp.path());
+        args.volumes = vec!["a=/x".into(), "a=/y".into()];
+        assert!(volumes(&args).is_err());
+        args.volumes.clear();
+        assert_eq!(volumes(&args).unwrap()[0].0, "data");
+    }
+}

@@ -1,0 +1,137 @@
+//! One server process under watch: started, its ready line read, started again when it dies, stopped on request.
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+
+/// First wait before a crashed plane is started again; doubles with each crash.
+const BACKOFF_MIN: Duration = Duration::from_millis(200);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// A plane that ran so long is taken to be well: the next crash starts with the shortest wait again.
+const WELL_AFTER: Duration = Duration::from_secs(30);
+/// From SIGTERM to SIGKILL.
+const STOP_MAX: Duration = Duration::from_secs(10);
+
+/// A plane's ready line.
+pub(super) struct Ready(pub(super) Value);
+
+/// How a plane is started.
+pub(super) struct Plane {
+    pub(super) name: &'static str,
+    pub(super) program: PathBuf,
+    pub(super) config: PathBuf,
+}
+
+impl Plane {
+    fn spawn(&self) -> anyhow::Result<Child> {
+        let own = std::env::current_exe()?;
+        Command::new(own)
+            .arg("plane-guard")
+            .arg(format!("--parent={}", std::process::id()))
+            .arg("--")
+            .arg(&self.program)
+            .arg("--config")
+            .arg(&self.config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            // A terminal's Ctrl-C must reach the planes through us, in order.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.program.display()))
+    }
+
+    /// Keeps the plane running until told to stop. An error if it never became ready.
+    pub(super) async fn watch(
+        self,
+        ready: mpsc::Sender<Ready>,
+        mut stop: watch::Receiver<bool>,
+    ) -> anyhow::Result<()> {
+        let (mut backoff, mut was_ready) = (BACKOFF_MIN, false);
+        loop {
+            let started = Instant::now();
+            let mut child = self.spawn()?;
+            let stdout = child.stdout.take().context("the plane has no stdout")?;
+            let mut lines = BufReader::new(stdout).lines();
+            let mut open = true;
+            let status = loop {
+                tokio::select! {
+                    line = lines.next_line(), if open => match line {
+                        Ok(Some(line)) => match self.parse(&line) {
+                            Some(value) => {
+                                was_ready = true;
+                                let _ = ready.send(Ready(value)).await;
+                            }
+                            None => tracing::debug!(plane = self.name, "{line}"),
+                        },
+                        _ => open = false,
+                    },
+                    status = child.wait() => break status?,
+                    _ = stop.changed() => return self.stop(child).await,
+                }
+            };
+            if !was_ready {
+                bail!("holdfast-{} ended before it was ready ({status}); its log above says why", self.name);
+            }
+            if started.elapsed() >= WELL_AFTER {
+                backoff = BACKOFF_MIN;
+            }
+            tracing::error!(
+                plane = self.name,
+                %status,
+                again_ms = u64::try_from(backoff.as_millis()).unwrap_or(u64::MAX),
+                "the plane died; it will be started again"
+            );
+            tokio::select! {
+                () = sleep(backoff) => {}
+                _ = stop.changed() => return Ok(()),
+            }
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    fn parse(&self, line: &str) -> Option<Value> {
+        let value: Value = serde_json::from_str(line).ok()?;
+        (value["ready"] == self.name).then_some(value)
+    }
+
+    async fn stop(&self, mut child: Child) -> anyhow::Result<()> {
+        if let Some(pid) = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) {
+            // Gone meanwhile is as good.
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        match timeout(STOP_MAX, child.wait()).await {
+            Ok(status) => {
+                let status = status?;
+                if !status.success() {
+                    tracing::warn!(plane = self.name, %status, "the plane did not stop cleanly");
+                }
+            }
+            Err(_) => {
+                tracing::error!(plane = self.name, "the plane did not stop within {STOP_MAX:?}; killing it");
+                child.kill().await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_its_own_ready_line_counts() {
+        let plane = Plane { name: "control", program: PathBuf::new(), config: PathBuf::new() };
+        assert!(plane.parse(r#"{"ready":"control","listen":["127.0.0.1:1"]}"#).is_some());
+        assert!(plane.parse(r#"{"ready":"dataplane"}"#).is_none());
+        assert!(plane.parse("hello").is_none());
+    }
+}
