@@ -1,1 +1,12 @@
-//! The data plane process: binds handles to registered memory and moves bytes; never decides policy.
+//! The data plane: binds handles to registered memory and moves bytes between files and clients. It decides no
+//! policy and knows no user: who may do what comes from control, with the descriptor and the channel keys.
+//!
+//! ```text
+//!  config ─► main ─► link (control's socket) ◄──► engine ◄── listeners (verbs, tcp)
+//!                                                  │
+//!                                                  └─► gauges
+//! ```
+
+pub mod config;
+pub mod engine;
+pub mod gauges;

@@ -1,0 +1,311 @@
+//! `dataplane.toml`: what an operator may choose. Parsed once; unknown fields are refused, everything has a default.
+//!
+//! ```toml
+//! link = "state/link.sock"        # control's socket; relative paths are relative to this file's directory
+//!
+//! [tcp]
+//! enabled = true
+//! listen = "127.0.0.1:7701"       # port 0: any free one
+//!
+//! [verbs]
+//! enabled = "auto"                # auto: if there is a device; on: fail without one; off
+//! port = 7701
+//! addresses = []                  # empty: every IPv4 GID of every RDMA device
+//!
+//! [engine]                        # see [`EngineConfig`]
+//! [limits]                        # see [`Limits`]
+//! ```
+
+use serde::Deserialize;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+/// Why a configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not TOML, or a field is unknown or of the wrong type.
+    #[error("{path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is outside of what works.
+    #[error("'{field}' must be {wanted}")]
+    Value {
+        /// Which.
+        field: &'static str,
+        /// What it must be.
+        wanted: &'static str,
+    },
+}
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Control's link socket. Default `state/link.sock`.
+    pub link: LinkPath,
+    /// The tcp listener.
+    pub tcp: TcpConfig,
+    /// The verbs listeners.
+    pub verbs: VerbsConfig,
+    /// Threads and memory.
+    pub engine: EngineConfig,
+    /// What one peer, and all peers, may use.
+    pub limits: Limits,
+}
+
+/// A path with its own default.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct LinkPath(pub PathBuf);
+
+impl Default for LinkPath {
+    fn default() -> Self {
+        Self(PathBuf::from("state/link.sock"))
+    }
+}
+
+/// `[tcp]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TcpConfig {
+    /// Listen at all. Default true.
+    pub enabled: bool,
+    /// Where. Default `127.0.0.1:7701`; with `0.0.0.0` clients are told to use the address at which they reach control.
+    pub listen: SocketAddr,
+}
+
+impl Default for TcpConfig {
+    fn default() -> Self {
+        Self { enabled: true, listen: SocketAddr::from(([127, 0, 0, 1], 7701)) }
+    }
+}
+
+/// When to listen on RDMA devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Enabled {
+    /// If there is a usable one.
+    #[default]
+    Auto,
+    /// Always: without one the process does not start.
+    On,
+    /// Never.
+    Off,
+}
+
+/// `[verbs]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerbsConfig {
+    /// Default `auto`.
+    pub enabled: Enabled,
+    /// Port of the RDMA connection manager. Default 7701.
+    pub port: u16,
+    /// Addresses to listen on. Default: every IPv4 GID of every RDMA device.
+    pub addresses: Vec<Ipv4Addr>,
+}
+
+impl Default for VerbsConfig {
+    fn default() -> Self {
+        Self { enabled: Enabled::Auto, port: 7701, addresses: Vec::new() }
+    }
+}
+
+/// `[engine]`: threads and memory.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineConfig {
+    /// Worker threads; a channel stays on one of them. Default 0: half of the processors, 1 to 8.
+    pub workers: usize,
+    /// Threads that may wait for storage. Default 4.
+    pub storage_threads: usize,
+    /// Bytes of bulk buffers in all, divided among the workers. Default 128 MiB. On RDMA devices they are pinned.
+    pub pool_bytes: usize,
+    /// Bytes of one bulk buffer, which is the largest single transfer. Default 256 KiB.
+    pub buffer_bytes: usize,
+    /// Bytes of message buffers in all. Default 32 MiB. A channel gets fewer credits when they run short.
+    pub message_pool_bytes: usize,
+    /// Requests one channel may have in flight once it is bound. Default 64.
+    pub credits: u16,
+    /// Rounds without work before a worker sleeps. Default 32; 0 sleeps at once. Bounds the spinning, so that an idle
+    /// server uses no processor.
+    pub spin_rounds: u32,
+    /// Fetches of one write that are under way together. Default 4.
+    pub fetches: u16,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            workers: 0,
+            storage_threads: 4,
+            pool_bytes: 128 << 20,
+            buffer_bytes: 256 << 10,
+            message_pool_bytes: 32 << 20,
+            credits: 64,
+            spin_rounds: 32,
+            fetches: 4,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// The number of workers, with the default resolved.
+    pub fn worker_count(&self) -> usize {
+        match self.workers {
+            0 => (std::thread::available_parallelism().map_or(1, usize::from) / 2).clamp(1, 8),
+            n => n,
+        }
+    }
+}
+
+/// `[limits]`: what one peer, and all peers, may use.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Channels in all. Default 1024.
+    pub channels_max: usize,
+    /// Channels that have not been granted a binding yet. Default 64. More are turned away.
+    pub half_open_max: usize,
+    /// Bindings of one channel. Default 64.
+    pub bindings_max: u16,
+    /// Time from a channel's start to its first granted bind. Default 5000.
+    pub bind_deadline_ms: u64,
+    /// Time a channel may stay without any binding after it had one. Default 60000.
+    pub unbound_ms: u64,
+    /// Refused binds, and requests without any binding, before a channel ends. Default 3.
+    pub failed_binds_max: u32,
+    /// Longest read or write. Default 16 MiB.
+    pub transfer_bytes_max: u32,
+    /// Time a peer may leave operations without progress. Default 30000.
+    pub stuck_ms: u64,
+    /// Time a fence waits for the operations of its binding before it cuts the channel off. Default 2000.
+    pub fence_ms: u64,
+    /// Time a peer gets to read the notice that its channel ends. Default 500.
+    pub linger_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            channels_max: 1024,
+            half_open_max: 64,
+            bindings_max: 64,
+            bind_deadline_ms: 5000,
+            unbound_ms: 60_000,
+            failed_binds_max: 3,
+            transfer_bytes_max: 16 << 20,
+            stuck_ms: 30_000,
+            fence_ms: 2000,
+            linger_ms: 500,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file; paths in it become relative to its directory.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with the file, the place and what is wrong.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let mut config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        if let Some(directory) = path.parent() {
+            config.link.0 = directory.join(&config.link.0);
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks every value against what works.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] names the first that does not.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let value =
+            |ok: bool, field, wanted| if ok { Ok(()) } else { Err(ConfigError::Value { field, wanted }) };
+        let (e, l) = (&self.engine, &self.limits);
+        let workers = e.worker_count();
+        value(workers <= 64, "engine.workers", "at most 64")?;
+        value((1..=256).contains(&e.storage_threads), "engine.storage_threads", "1 to 256")?;
+        let pages = (4096..=64 << 20).contains(&e.buffer_bytes) && e.buffer_bytes % 4096 == 0;
+        value(pages, "engine.buffer_bytes", "a multiple of 4096, 4 KiB to 64 MiB")?;
+        value(
+            e.pool_bytes / workers >= e.buffer_bytes,
+            "engine.pool_bytes",
+            "room for a buffer for each worker",
+        )?;
+        value(
+            (64 << 10..=1 << 40).contains(&e.message_pool_bytes),
+            "engine.message_pool_bytes",
+            "64 KiB or more",
+        )?;
+        value((1..=1024).contains(&e.credits), "engine.credits", "1 to 1024")?;
+        value((1..=64).contains(&e.fetches), "engine.fetches", "1 to 64")?;
+        value((1..=65_536).contains(&l.channels_max), "limits.channels_max", "1 to 65536")?;
+        value(l.half_open_max >= 1, "limits.half_open_max", "at least 1")?;
+        value((1..=255).contains(&l.bindings_max), "limits.bindings_max", "1 to 255")?;
+        value((1..=1 << 30).contains(&l.transfer_bytes_max), "limits.transfer_bytes_max", "1 byte to 1 GiB")?;
+        for (ms, field) in [
+            (l.bind_deadline_ms, "limits.bind_deadline_ms"),
+            (l.unbound_ms, "limits.unbound_ms"),
+            (l.stuck_ms, "limits.stuck_ms"),
+            (l.fence_ms, "limits.fence_ms"),
+            (l.linger_ms, "limits.linger_ms"),
+        ] {
+            value((1..=86_400_000).contains(&ms), field, "1 to 86400000 (a day)")?;
+        }
+        Ok(())
+    }
+}
+
+/// What clients are told of a listening address: nothing if it is the wildcard.
+pub fn advertised(address: IpAddr) -> Option<String> {
+    (!address.is_unspecified()).then(|| address.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_has_a_default_that_works() {
+        let config: Config = toml::from_str("").unwrap();
+        assert_eq!(config, Config::default());
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn unknown_fields_and_bad_values_are_refused() {
+        assert!(toml::from_str::<Config>("[tcp]\nlisen = '127.0.0.1:1'").is_err());
+        assert!(toml::from_str::<Config>("[limits]\nchannels = 1").is_err());
+        let config: Config = toml::from_str("[engine]\nbuffer_bytes = 5000").unwrap();
+        assert!(config.check().unwrap_err().to_string().contains("buffer_bytes"));
+        let config: Config = toml::from_str("[engine]\nworkers = 4\npool_bytes = 262144").unwrap();
+        assert!(config.check().is_err(), "a worker would have no buffer");
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("dataplane.toml");
+        std::fs::write(&file, "link = 'state/l.sock'\n[verbs]\nenabled = 'off'").unwrap();
+        let config = Config::load(&file).unwrap();
+        assert_eq!(config.link.0, directory.path().join("state/l.sock"));
+        assert_eq!(config.verbs.enabled, Enabled::Off);
+    }
+}

@@ -1,0 +1,563 @@
+//! One channel: sequence, credits, receives, and its end.
+//!
+//! ```text
+//!           adopt            misbehaviour, stop        notice sent and peer gone, or linger over
+//!  (none) ────────► Open ────────────────────► Ending ─────────────────────────────────────────► Closed ─► released
+//!                    └──────── peer gone, transport failed, stuck, fence overdue ─────────────────► ▲
+//! ```
+//!
+//! Closed means: the device is cut off. The channel is released when every operation, receive and storage job came back.
+//!
+//! Message buffers are the channel's own, taken when it is adopted and when it is first bound: answering never waits for
+//! another channel. Each request is counted against the credits from its receipt until its reply is submitted.
+
+use super::backend::{Opener, StorageSender};
+use super::bind::PendingBind;
+use super::binding::Bindings;
+use super::reply::Rare;
+use super::request::{Request, Step};
+use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, Registry, SPARE, Settings};
+use crate::gauges::Gauges;
+use holdfast_shared::auth::FrameKey;
+use holdfast_shared::types::Status;
+use holdfast_shared::wire::WireError;
+use holdfast_shared::wire::data::{Body, Frame};
+use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError};
+use holdfast_verbs::memory::{Buffer, Pool};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What the channels of a worker share.
+pub(crate) struct Cx {
+    pub(crate) worker: usize,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) bulk: Pool,
+    pub(crate) messages: Pool,
+    pub(crate) storage: StorageSender,
+    pub(crate) port: Arc<dyn ControlPort>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) opener: Opener,
+    pub(crate) gauges: Arc<Gauges>,
+    /// The time at the beginning of this round.
+    pub(crate) now: Instant,
+}
+
+impl Cx {
+    pub(crate) fn after(&self, ms: u64) -> Instant {
+        self.now + Duration::from_millis(ms)
+    }
+}
+
+/// What an operation is for; travels through the transport as a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Token {
+    Receive,
+    Send,
+    /// The notice that ends the channel.
+    End,
+    /// Of a binding, by its slot.
+    Place {
+        slot: u8,
+    },
+    /// Of a request, by its slot; where the piece begins.
+    Fetch {
+        slot: u16,
+        piece: u32,
+    },
+}
+
+impl Token {
+    fn number(self) -> u64 {
+        match self {
+            Self::Receive => 0,
+            Self::Send => 1,
+            Self::End => 2,
+            Self::Place { slot } => u64::from(slot),
+            Self::Fetch { slot, piece } => u64::from(slot) << 32 | u64::from(piece),
+        }
+    }
+}
+
+/// What a turn came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// There is more to do.
+    More,
+    /// Nothing to do, or it waits for something of its own.
+    Idle,
+    /// It waits for a buffer.
+    Starved,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Open,
+    Ending { by: Instant },
+    Closed,
+}
+
+/// Steps and bytes of one turn: enough to fill a doorbell, too few to make others wait.
+const STEPS_PER_TURN: usize = 16;
+const BYTES_PER_TURN: usize = 512 << 10;
+
+pub(crate) struct Conn {
+    pub(crate) key: ConnKey,
+    pub(super) transport: Box<dyn Channel>,
+    pub(super) peer: SocketAddr,
+    pub(super) phase: Phase,
+    pub(super) recv_sequence: u64,
+    pub(super) send_sequence: u64,
+    pub(super) nonce: [u8; 32],
+    pub(super) credits: u16,
+    pub(super) in_flight: u16,
+    pub(super) bind: Option<PendingBind>,
+    pub(super) ever_bound: bool,
+    pub(super) bind_by: Option<Instant>,
+    pub(super) failed_binds: u32,
+    pub(super) bindings: Bindings,
+    pub(super) draining: usize,
+    pub(super) requests: Vec<Option<Request>>,
+    pub(super) free_slots: Vec<u16>,
+    /// Requests with something to do, oldest first.
+    pub(super) ready: VecDeque<u16>,
+    pub(super) rare: VecDeque<Rare>,
+    pub(super) send_buffers: Vec<Buffer>,
+    receives: usize,
+    /// Sends, Places and Fetches in flight, and how many may be.
+    pub(super) ops: usize,
+    pub(super) depth: usize,
+    /// Longest Place or Fetch the transport does.
+    pub(super) transfer_max: usize,
+    pub(super) storage_ops: usize,
+    /// Bulk buffers it has.
+    pub(super) held: usize,
+    stuck_by: Option<Instant>,
+    /// Since the last completion: no room at the transport.
+    blocked: bool,
+    unpolled: bool,
+    // For the worker's lists.
+    pub(crate) hot: bool,
+    pub(crate) listed: bool,
+    pub(crate) starved: bool,
+    /// A request came back from storage or the transport: it may need no buffer even if the others starve.
+    pub(super) urgent: bool,
+    /// A bulk buffer came back: others may have waited for it.
+    pub(crate) freed: bool,
+}
+
+impl Conn {
+    pub(crate) fn new(cx: &mut Cx, key: ConnKey, transport: Box<dyn Channel>) -> Self {
+        let credits = usize::from(cx.settings.engine.credits);
+        let capabilities = transport.capabilities();
+        let peer = transport.peer();
+        let mut conn = Self {
+            key,
+            transport,
+            peer,
+            phase: Phase::Open,
+            recv_sequence: 0,
+            send_sequence: 0,
+            nonce: [0; 32],
+            credits: CREDITS_UNBOUND,
+            in_flight: 0,
+            bind: None,
+            ever_bound: false,
+            bind_by: Some(cx.after(cx.settings.limits.bind_deadline_ms)),
+            failed_binds: 0,
+            bindings: Bindings::new(),
+            draining: 0,
+            requests: Vec::new(),
+            free_slots: Vec::new(),
+            ready: VecDeque::new(),
+            rare: VecDeque::with_capacity(4),
+            send_buffers: Vec::new(),
+            receives: usize::from(CREDITS_UNBOUND) + SPARE,
+            ops: 0,
+            depth: capabilities.depth.min(2 * credits + RESERVE),
+            transfer_max: capabilities.transfer_bytes_max,
+            storage_ops: 0,
+            held: 0,
+            stuck_by: None,
+            blocked: false,
+            unpolled: true,
+            hot: false,
+            listed: false,
+            starved: false,
+            urgent: false,
+            freed: false,
+        };
+        conn.grow_slots(CREDITS_UNBOUND);
+        let sends = usize::from(CREDITS_UNBOUND) + SPARE;
+        conn.send_buffers.extend((0..sends).map_while(|_| cx.messages.take()));
+        if conn.send_buffers.len() < sends || conn.depth < RESERVE + 2 {
+            conn.abort(cx, "no message buffers left");
+            return conn;
+        }
+        conn.fresh_nonce(cx);
+        conn.rare.push_back(Rare::Hello);
+        tracing::debug!(peer = %conn.peer, "channel");
+        conn
+    }
+
+    /// Makes room for as many requests as there are credits. The last allocation a channel makes for requests.
+    pub(super) fn grow_slots(&mut self, credits: u16) {
+        let have = self.requests.len();
+        let want = usize::from(credits);
+        self.requests.resize_with(want.max(have), || None);
+        self.free_slots.reserve(want);
+        for slot in (have..want).rev() {
+            self.free_slots.push(u16::try_from(slot).unwrap_or(u16::MAX));
+        }
+        self.ready.reserve(want);
+    }
+
+    /// Takes the message buffers that go with more credits; returns how many credits they are enough for.
+    pub(super) fn grow_buffers(&mut self, cx: &mut Cx, credits: u16) -> u16 {
+        let mut granted = self.credits;
+        while granted < credits {
+            let (Some(send), Some(receive)) = (cx.messages.take(), cx.messages.take()) else { break };
+            self.send_buffers.push(send);
+            self.post_receive(cx, receive);
+            granted += 1;
+        }
+        granted
+    }
+
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.transport.wake_fd()
+    }
+
+    /// Polls the transport once and takes what came. True if something did.
+    pub(crate) fn poll(&mut self, cx: &mut Cx, done: &mut Vec<Completion>) -> bool {
+        self.unpolled = false;
+        let busy = self.transport.poll(done) > 0;
+        if busy {
+            self.blocked = false;
+            self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+        }
+        for completion in done.drain(..) {
+            self.complete(cx, completion);
+        }
+        if self.phase != Phase::Closed {
+            if let Some(why) = self.transport.ended() {
+                tracing::debug!(peer = %self.peer, %why, "channel ended");
+                self.close(cx);
+            }
+        }
+        if self.ops == 0 {
+            self.stuck_by = None;
+        }
+        if self.draining > 0 {
+            self.finish_drains(cx);
+        }
+        busy
+    }
+
+    fn complete(&mut self, cx: &mut Cx, completion: Completion) {
+        let Completion { token, kind, buffer, outcome } = completion;
+        if kind != Kind::Recv {
+            self.ops = self.ops.saturating_sub(1);
+        }
+        match kind {
+            Kind::Recv => {
+                self.receives = self.receives.saturating_sub(1);
+                match outcome {
+                    Ok(length) if self.phase == Phase::Open => self.receive(cx, buffer, length),
+                    Err(OperationError::Length) => self.end(cx, Status::Protocol, "a frame is too long"),
+                    _ => {}
+                }
+            }
+            Kind::Send => {
+                self.send_buffers.push(buffer);
+                if token == Token::End.number() && outcome.is_ok() {
+                    tracing::trace!(peer = %self.peer, "told why the channel ends");
+                }
+            }
+            Kind::Place => {
+                self.give(buffer);
+                let slot = (token & 0xff) as u8;
+                if let Some(binding) = self.bindings.at_mut(slot) {
+                    binding.transport_ops = binding.transport_ops.saturating_sub(1);
+                }
+                self.check_remote(cx, outcome.err());
+            }
+            Kind::Fetch => {
+                let slot = ((token >> 32) & 0xffff) as u16;
+                let piece = (token & 0xffff_ffff) as u32;
+                self.fetched(cx, slot, piece, buffer, outcome.is_ok());
+                self.check_remote(cx, outcome.err());
+            }
+        }
+    }
+
+    /// A failed Place or Fetch has ended the channel already; the peer's part in it is logged.
+    fn check_remote(&mut self, cx: &mut Cx, error: Option<OperationError>) {
+        if error == Some(OperationError::RemoteAccess) && self.phase == Phase::Open {
+            cx.gauges.refused_total.add(1);
+            tracing::warn!(peer = %self.peer, "channel ended: a region descriptor does not allow the access");
+            self.close(cx);
+        }
+    }
+
+    /// A frame came. Everything is checked here, in this order: form, direction, sequence, MAC, credit.
+    fn receive(&mut self, cx: &mut Cx, buffer: Buffer, length: usize) {
+        let frame = match Frame::parse(&buffer[..length.min(buffer.len())]) {
+            Ok(frame) => frame,
+            Err(WireError::Version(_)) => return self.end(cx, Status::Version, "a frame of another version"),
+            Err(error) => {
+                tracing::debug!(peer = %self.peer, %error, "malformed frame");
+                return self.end(cx, Status::Protocol, "a malformed frame");
+            }
+        };
+        if frame.opcode.is_from_server() {
+            return self.end(cx, Status::Protocol, "a frame that only servers send");
+        }
+        if frame.header.sequence.get() != self.recv_sequence {
+            return self.end(cx, Status::BadMac, "a frame out of sequence");
+        }
+        self.recv_sequence += 1;
+        let number = frame.header.binding.get();
+        let binding = self.bindings.by_number(number);
+        let authentic = match binding {
+            Some((_, binding)) => binding.from_client.verify(&frame),
+            // No key: a bind, or a binding that is not there. Such a request is answered and does nothing.
+            None => number != 0 || FrameKey::unkeyed().verify(&frame),
+        };
+        if !authentic {
+            return self.end(cx, Status::BadMac, "a frame with a wrong MAC");
+        }
+        let slot = binding.map(|(slot, _)| slot);
+        if self.in_flight >= self.credits {
+            return self.end(cx, Status::OverCredit, "more requests than credits");
+        }
+        if let Body::Bind(body) = frame.body {
+            if number != 0 {
+                return self.end(cx, Status::Protocol, "a bind that names a binding");
+            }
+            cx.gauges.requests_bind_total.add(1);
+            let (body, request, key) = (*body, frame.header.request.get(), frame.payload);
+            if self.bind.is_some() {
+                return self.end(cx, Status::Protocol, "a bind before the last one was answered");
+            }
+            self.in_flight += 1;
+            self.start_bind(cx, request, &body, key);
+            self.post_receive(cx, buffer);
+            return;
+        }
+        let taken = Request::read(&frame, slot);
+        self.in_flight += 1;
+        self.admit(cx, taken, buffer);
+    }
+
+    /// Posts a receive.
+    pub(super) fn post_receive(&mut self, cx: &mut Cx, buffer: Buffer) {
+        if self.phase == Phase::Open {
+            self.submit(cx, Token::Receive, Operation::Recv { buffer });
+        }
+    }
+
+    /// Submits an operation for which there is room.
+    pub(super) fn submit(&mut self, cx: &mut Cx, token: Token, operation: Operation) -> bool {
+        let receive = matches!(operation, Operation::Recv { .. });
+        match self.transport.submit(token.number(), operation) {
+            Ok(()) => {
+                self.unpolled = true;
+                if receive {
+                    self.receives += 1;
+                } else {
+                    if self.ops == 0 {
+                        self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+                    }
+                    self.ops += 1;
+                }
+                true
+            }
+            Err(rejected) => {
+                match rejected.operation {
+                    Operation::Place { buffer, .. } | Operation::Fetch { buffer, .. } => self.give(buffer),
+                    Operation::Send { buffer, .. } => self.send_buffers.push(buffer),
+                    Operation::Recv { buffer } => drop(buffer),
+                }
+                if self.transport.ended().is_none() {
+                    tracing::error!(peer = %self.peer, error = %rejected.error, "the transport refused an operation");
+                }
+                self.close(cx);
+                false
+            }
+        }
+    }
+
+    /// True if `n` more operations and a reply fit.
+    pub(super) fn room(&self, n: usize) -> bool {
+        self.ops + n + RESERVE <= self.depth
+    }
+
+    pub(super) fn can_reply(&self) -> bool {
+        self.send_buffers.len() >= SPARE
+    }
+
+    /// Takes a bulk buffer, if the channel may have one more: never more than there are free for all others.
+    pub(super) fn take(&mut self, cx: &Cx) -> Option<Buffer> {
+        if self.held >= cx.bulk.available() {
+            return None;
+        }
+        let buffer = cx.bulk.take()?;
+        self.held += 1;
+        Some(buffer)
+    }
+
+    /// Gives a bulk buffer back.
+    pub(super) fn give(&mut self, buffer: Buffer) {
+        drop(buffer);
+        self.held = self.held.saturating_sub(1);
+        self.freed = true;
+    }
+
+    /// Does some of what there is to do.
+    pub(crate) fn turn(&mut self, cx: &mut Cx) -> Turn {
+        self.urgent = false;
+        while let Some(rare) = self.rare.pop_front() {
+            if !self.send_rare(cx, &rare) {
+                self.rare.push_front(rare);
+                self.blocked = true;
+                return Turn::Idle;
+            }
+        }
+        if self.phase != Phase::Open {
+            return Turn::Idle;
+        }
+        let mut bytes = 0;
+        for _ in 0..STEPS_PER_TURN {
+            let Some(slot) = self.ready.pop_front() else { return Turn::Idle };
+            match self.step(cx, slot, &mut bytes) {
+                Step::Next => {}
+                Step::Again => self.ready.push_front(slot),
+                Step::NoRoom => {
+                    self.ready.push_front(slot);
+                    self.blocked = true;
+                    return Turn::Idle;
+                }
+                Step::NoBuffer => {
+                    self.ready.push_front(slot);
+                    return Turn::Starved;
+                }
+            }
+            if self.phase != Phase::Open || bytes >= BYTES_PER_TURN {
+                break;
+            }
+        }
+        if self.wants_turn() { Turn::More } else { Turn::Idle }
+    }
+
+    pub(crate) fn wants_turn(&self) -> bool {
+        !self.blocked
+            && match self.phase {
+                Phase::Open if self.starved => self.urgent || !self.rare.is_empty(),
+                Phase::Open => !self.ready.is_empty() || !self.rare.is_empty(),
+                Phase::Ending { .. } => !self.rare.is_empty(),
+                Phase::Closed => false,
+            }
+    }
+
+    /// True if something was submitted since the last poll, or the channel was closed.
+    pub(crate) fn wants_poll(&self) -> bool {
+        self.unpolled
+    }
+
+    pub(crate) fn arm(&mut self) -> Armed {
+        if self.unpolled { Armed::Pending } else { self.transport.arm() }
+    }
+
+    /// Ends the channel for a reason the peer is told, once.
+    pub(crate) fn end(&mut self, cx: &mut Cx, reason: Status, why: &'static str) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        if reason == Status::Unavailable {
+            tracing::debug!(peer = %self.peer, why, "channel ends");
+        } else {
+            cx.gauges.refused_total.add(1);
+            tracing::warn!(peer = %self.peer, status = ?reason, why, "channel ends");
+        }
+        self.phase = Phase::Ending { by: cx.after(cx.settings.limits.linger_ms) };
+        self.bind_by = None;
+        // What is about bindings may still be said; binds are not answered any more.
+        self.rare.retain(|rare| matches!(rare, Rare::Hello | Rare::Notice { .. }));
+        self.rare.push_back(Rare::End(reason));
+        self.cancel_requests(cx);
+    }
+
+    /// Ends the channel without a word.
+    pub(crate) fn abort(&mut self, cx: &mut Cx, why: &'static str) {
+        if self.phase != Phase::Closed {
+            cx.gauges.refused_total.add(1);
+            tracing::warn!(peer = %self.peer, why, "channel cut off");
+            self.close(cx);
+        }
+    }
+
+    /// Cuts the peer and the device off from every buffer.
+    pub(super) fn close(&mut self, cx: &mut Cx) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        self.phase = Phase::Closed;
+        self.transport.close();
+        self.unpolled = true;
+        self.bind_by = None;
+        self.rare.clear();
+        self.cancel_requests(cx);
+    }
+
+    /// The earliest moment at which [`Conn::on_deadline`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let ending = match self.phase {
+            Phase::Open => self.bind_by,
+            Phase::Ending { by } => Some(by),
+            Phase::Closed => None,
+        };
+        let stuck = if self.phase == Phase::Closed { None } else { self.stuck_by };
+        let drain = if self.draining > 0 { self.drain_deadline() } else { None };
+        [ending, stuck, drain].into_iter().flatten().min()
+    }
+
+    pub(crate) fn on_deadline(&mut self, cx: &mut Cx) {
+        let over = |at: Option<Instant>| at.is_some_and(|at| at <= cx.now);
+        match self.phase {
+            Phase::Ending { by } if by <= cx.now => self.close(cx),
+            Phase::Closed => {}
+            _ if over(self.stuck_by) && self.ops > 0 => self.abort(cx, "the peer makes no progress"),
+            _ if over(self.drain_deadline()) => self.abort(cx, "operations of a fenced binding do not end"),
+            Phase::Open if over(self.bind_by) && self.bind.is_none() => {
+                self.end(cx, Status::TimedOut, "no bind in time");
+            }
+            // A bind is with control: its answer decides.
+            Phase::Open if over(self.bind_by) => {
+                self.bind_by = Some(cx.after(cx.settings.limits.bind_deadline_ms));
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.phase == Phase::Closed
+            && !self.unpolled
+            && self.ops == 0
+            && self.receives == 0
+            && self.storage_ops == 0
+    }
+
+    /// The end: descriptors are closed, control is told of each binding.
+    pub(crate) fn release(mut self, cx: &mut Cx) {
+        self.release_bindings(cx);
+        let in_flight = self.requests.iter().filter(|request| request.is_some()).count();
+        cx.gauges.requests_in_flight.sub(in_flight as u64);
+        if !self.ever_bound {
+            cx.gauges.half_open_channels.sub(1);
+        }
+        cx.gauges.channels.sub(1);
+    }
+}

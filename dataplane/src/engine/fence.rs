@@ -1,0 +1,147 @@
+//! Draining a binding: for a fence, an unbind, or because control is a new process.
+//!
+//! ```text
+//!  Active ──► Draining: requests are answered at once (Fenced, Closed), nothing new begins
+//!                │  no Place or Fetch in flight, no storage job          overdue: the channel is cut off from the device,
+//!                ▼                                                       its operations come back flushed
+//!              descriptor closed ─► Notice or Reply to the client, Fenced or Released to control ─► Gone
+//! ```
+
+use super::binding::{Binding, Drain, State};
+use super::channel::{Conn, Cx, Phase};
+use super::reply::Rare;
+use holdfast_shared::types::Status;
+use holdfast_shared::wire::link::{Fence, LinkBinding};
+use std::time::Instant;
+
+impl Conn {
+    /// True if control knows this binding here.
+    pub(crate) fn has_binding(&self, registration: u64, link: LinkBinding) -> bool {
+        self.bindings.iter().any(|(_, b)| b.link == link && b.registration == registration && !b.is_gone())
+    }
+
+    /// Control wants a binding fenced.
+    pub(crate) fn fence(&mut self, cx: &mut Cx, registration: u64, fence: Fence) {
+        let found = self
+            .bindings
+            .iter()
+            .find(|(_, b)| b.link == fence.binding && b.registration == registration && !b.is_gone());
+        match found {
+            Some((slot, binding)) if binding.epoch == fence.epoch => {
+                self.drain(cx, slot, Drain::Fence(fence))
+            }
+            Some((_, binding)) => {
+                tracing::warn!(
+                    asked = fence.epoch,
+                    has = binding.epoch,
+                    "a fence of another epoch is ignored"
+                );
+            }
+            None => cx.port.fenced(registration, fence),
+        }
+    }
+
+    /// Control is a new process: what it does not know ends.
+    pub(crate) fn new_control(&mut self, cx: &mut Cx, registration: u64) {
+        for slot in 0..=u8::MAX {
+            match self.bindings.at(slot) {
+                Some(binding) if binding.registration != registration && !binding.is_gone() => {
+                    self.drain(cx, slot, Drain::NewControl);
+                }
+                Some(_) => {}
+                None => break,
+            }
+        }
+    }
+
+    /// Begins to drain a binding. What is draining already takes the new reason, so that a fence is always confirmed.
+    pub(super) fn drain(&mut self, cx: &mut Cx, slot: u8, drain: Drain) {
+        let by = cx.after(cx.settings.limits.fence_ms);
+        let Some(binding) = self.bindings.at_mut(slot) else { return };
+        match binding.state {
+            State::Gone(_) => return,
+            State::Draining { drain: ref mut old, .. } => {
+                if let Drain::Unbind { request } = *old {
+                    // The client wished the same: its unbind is answered now, the drain goes on for control.
+                    *old = drain;
+                    self.answer_unbind(cx, request);
+                } else if !matches!(old, Drain::NewControl) {
+                    *old = drain;
+                }
+            }
+            State::Active => {
+                binding.state = State::Draining { drain, by };
+                self.draining += 1;
+            }
+        }
+        self.finish_drains(cx);
+    }
+
+    /// The earliest deadline of a drain.
+    pub(super) fn drain_deadline(&self) -> Option<Instant> {
+        let by = |binding: &Binding| match binding.state {
+            // Storage can't be cut off, and will answer; only the transport is bounded.
+            State::Draining { by, .. } if binding.transport_ops > 0 => Some(by),
+            _ => None,
+        };
+        self.bindings.iter().filter_map(|(_, binding)| by(binding)).min()
+    }
+
+    /// Completes the drains of bindings of which nothing is under way any more.
+    pub(super) fn finish_drains(&mut self, cx: &mut Cx) {
+        for slot in 0..=u8::MAX {
+            let Some(binding) = self.bindings.at_mut(slot) else { break };
+            let State::Draining { drain, .. } = binding.state else { continue };
+            if !binding.is_idle() {
+                continue;
+            }
+            let (link, registration) = (binding.link, binding.registration);
+            binding.file = None;
+            binding.state = State::Gone(drain.status());
+            tracing::debug!(peer = %self.peer, open = %binding.open, ?drain, "unbound");
+            self.draining -= 1;
+            let open = self.phase == Phase::Open;
+            match drain {
+                Drain::Fence(Fence { reason, .. }) if open => {
+                    self.rare.push_back(Rare::Notice { slot, reason })
+                }
+                Drain::NewControl if open => {
+                    self.rare.push_back(Rare::Notice { slot, reason: Status::Fenced });
+                }
+                Drain::Unbind { request } => self.answer_unbind(cx, request),
+                Drain::Fence(_) | Drain::NewControl => {}
+            }
+            tell(cx, registration, link, Some(drain));
+            if open && self.bindings.live() == 0 {
+                self.bind_by = Some(cx.after(cx.settings.limits.unbound_ms));
+            }
+        }
+    }
+
+    /// At the channel's end: nothing is under way, so every binding is gone.
+    pub(super) fn release_bindings(&mut self, cx: &mut Cx) {
+        for slot in 0..=u8::MAX {
+            let Some(binding) = self.bindings.at_mut(slot) else { break };
+            let drain = match binding.state {
+                State::Gone(_) => continue,
+                State::Draining { drain, .. } => Some(drain),
+                State::Active => None,
+            };
+            let (link, registration) = (binding.link, binding.registration);
+            binding.file = None;
+            binding.state = State::Gone(Status::Closed);
+            tell(cx, registration, link, drain);
+        }
+    }
+}
+
+/// Tells control that a binding is gone.
+fn tell(cx: &mut Cx, registration: u64, link: LinkBinding, drain: Option<Drain>) {
+    cx.gauges.bindings.sub(1);
+    cx.registry.remove(registration, link);
+    match drain {
+        Some(Drain::Fence(fence)) => cx.port.fenced(registration, fence),
+        Some(Drain::NewControl) => {}
+        Some(Drain::Unbind { .. }) | None => cx.port.released(registration, link),
+    }
+}

@@ -1,0 +1,282 @@
+//! The engine: channels, bindings, requests; no policy.
+//!
+//! ```text
+//!  acceptors ──adopt──► worker 0..N (epoll loop; a channel stays on one) ──jobs──► storage threads
+//!                        │  ▲                                                        │
+//!     ControlPort ◄──────┘  └──── redeemed, fence, new control ──── link             └─► done ─► worker
+//! ```
+//!
+//! | module | owns |
+//! |---|---|
+//! | `worker` | the loop: wake-ups, fairness, sleeping, deadlines |
+//! | `channel` | one channel: sequence, credits, receives, its end |
+//! | `bind` | hello and bind |
+//! | `binding` | keys and state of the bindings of a channel |
+//! | `request` | one read, write or flush |
+//! | `reply` | frames that go out |
+//! | `fence` | draining a binding |
+//! | `backend` | file access and storage threads |
+//! | `inbox` | what other threads leave for a worker |
+
+mod backend;
+mod bind;
+mod binding;
+mod channel;
+mod fence;
+mod inbox;
+mod reply;
+mod request;
+mod worker;
+
+pub use backend::{FileIo, KernelFile, Opener, status_of};
+pub use bind::Redemption;
+
+use crate::config::{EngineConfig, Limits};
+use crate::gauges::Gauges;
+use backend::Storage;
+use crossbeam::atomic::AtomicCell;
+use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
+use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem};
+use holdfast_transport::{Channel, Setup};
+use holdfast_verbs::memory::Pool;
+use inbox::{Inbox, Letter};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+/// Requests a channel may have in flight before its first binding.
+pub const CREDITS_UNBOUND: u16 = 2;
+/// Message buffers of a channel beyond its credits, in each direction: for what is sent unasked, and so that a peer over
+/// its credits is noticed instead of being held up.
+pub(crate) const SPARE: usize = 2;
+/// Operations kept free for frames that end a channel or a binding.
+pub(crate) const RESERVE: usize = 2;
+
+/// A channel of a worker; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ConnKey {
+    pub(crate) index: u32,
+    pub(crate) generation: u32,
+}
+
+/// Where the answer to a bind goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    pub(crate) worker: usize,
+    pub(crate) conn: ConnKey,
+}
+
+/// How the engine reaches control: the link in the process, anything in tests. No call may wait.
+pub trait ControlPort: Send + Sync {
+    /// Carries a bind request, its `id` for the port to set. The answer comes through [`Engine::redeemed`].
+    ///
+    /// # Errors
+    /// `Unavailable` while control is away.
+    fn redeem(&self, ticket: Ticket, redeem: Redeem) -> Result<(), Status>;
+    /// The binding is fenced. `registration` is the one it was redeemed under.
+    fn fenced(&self, registration: u64, fence: Fence);
+    /// The binding ended by itself.
+    fn released(&self, registration: u64, binding: LinkBinding);
+}
+
+/// What does not change while the engine runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Threads and memory.
+    pub engine: EngineConfig,
+    /// Limits.
+    pub limits: Limits,
+    /// This run of the process; also in the service blob.
+    pub instance: [u8; 16],
+    /// The write verifier of this run.
+    pub verifier: u64,
+}
+
+/// Which worker has a binding: so that a fence finds it.
+#[derive(Default)]
+pub(crate) struct Registry(Mutex<HashMap<(u64, LinkBinding), usize>>);
+
+impl Registry {
+    pub(crate) fn remove(&self, registration: u64, binding: LinkBinding) {
+        self.0.lock().remove(&(registration, binding));
+    }
+}
+
+/// The running engine.
+pub struct Engine {
+    settings: Arc<Settings>,
+    gauges: Arc<Gauges>,
+    port: Arc<dyn ControlPort>,
+    registry: Arc<Registry>,
+    inboxes: Vec<Arc<Inbox>>,
+    pools: Vec<Pool>,
+    messages: Pool,
+    turn: AtomicUsize,
+    stopped: AtomicCell<bool>,
+    threads: Mutex<(Vec<JoinHandle<()>>, Option<Storage>)>,
+}
+
+impl Engine {
+    /// Starts workers and storage threads.
+    ///
+    /// # Errors
+    /// The kernel's, when memory, descriptors or threads can't be had.
+    pub fn start(settings: Settings, port: Arc<dyn ControlPort>, opener: Opener) -> io::Result<Arc<Self>> {
+        let gauges = Arc::new(Gauges::default());
+        let settings = Arc::new(settings);
+        let config = &settings.engine;
+        let workers = config.worker_count();
+        let messages = Pool::new(FRAME_BYTES_MAX, (config.message_pool_bytes / FRAME_BYTES_MAX).max(8))?;
+        let each = (config.pool_bytes / workers / config.buffer_bytes).max(1);
+        let bulk: Vec<Pool> =
+            (0..workers).map(|_| Pool::new(config.buffer_bytes, each)).collect::<io::Result<_>>()?;
+        gauges.set_pools(bulk.clone(), messages.clone());
+        let inboxes: Vec<Arc<Inbox>> =
+            (0..workers).map(|_| Inbox::new().map(Arc::new)).collect::<io::Result<_>>()?;
+        let storage = Storage::start(config.storage_threads, inboxes.clone(), Arc::clone(&gauges))?;
+        let registry = Arc::new(Registry::default());
+        let mut threads = Vec::new();
+        for (n, pool) in bulk.iter().enumerate() {
+            let cx = channel::Cx {
+                worker: n,
+                settings: Arc::clone(&settings),
+                bulk: pool.clone(),
+                messages: messages.clone(),
+                storage: storage.sender(),
+                port: Arc::clone(&port),
+                registry: Arc::clone(&registry),
+                opener: Arc::clone(&opener),
+                gauges: Arc::clone(&gauges),
+                now: std::time::Instant::now(),
+            };
+            let worker = worker::Worker::new(cx, Arc::clone(&inboxes[n]))?;
+            threads
+                .push(std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || worker.run())?);
+        }
+        let mut pools = bulk;
+        pools.push(messages.clone());
+        Ok(Arc::new(Self {
+            settings,
+            gauges,
+            port,
+            registry,
+            inboxes,
+            pools,
+            messages,
+            turn: AtomicUsize::new(0),
+            stopped: AtomicCell::new(false),
+            threads: Mutex::new((threads, Some(storage))),
+        }))
+    }
+
+    /// The counts.
+    pub fn gauges(&self) -> &Arc<Gauges> {
+        &self.gauges
+    }
+
+    /// What it was started with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// All pools whose buffers are used on channels.
+    pub fn pools(&self) -> &[Pool] {
+        &self.pools
+    }
+
+    /// Admits a peer: what its channel is to be made with, or `None` if there is no room for one more.
+    pub fn setup(&self) -> Option<Setup> {
+        let limits = &self.settings.limits;
+        let full = self.gauges.channels.read() >= limits.channels_max as u64
+            || self.gauges.half_open_channels.read() >= limits.half_open_max as u64;
+        if full || self.stopped.load() {
+            self.gauges.refused_total.add(1);
+            return None;
+        }
+        let credits = usize::from(self.settings.engine.credits);
+        let receives: Option<Vec<_>> = (0..usize::from(CREDITS_UNBOUND) + SPARE)
+            .map(|_| self.messages.take().map(|buffer| (0, buffer)))
+            .collect();
+        let Some(receives) = receives else {
+            self.gauges.refused_total.add(1);
+            return None;
+        };
+        Some(Setup {
+            depth: 2 * credits + RESERVE,
+            receives_max: credits + SPARE,
+            pools: self.pools.clone(),
+            receives,
+        })
+    }
+
+    /// Takes a channel made with [`Engine::setup`] over.
+    pub fn adopt(&self, channel: Box<dyn Channel>) {
+        let worker = self.turn.fetch_add(1, Ordering::Relaxed) % self.inboxes.len();
+        // Counted here, not by the worker: a burst of peers must not slip past the limit.
+        self.gauges.channels.add(1);
+        self.gauges.half_open_channels.add(1);
+        self.inboxes[worker].send(Letter::Channel(channel));
+    }
+
+    /// Control's answer to a bind.
+    pub fn redeemed(&self, redemption: Redemption) {
+        let worker = redemption.ticket.worker;
+        if let Some(binding) = redemption.granted() {
+            self.registry.0.lock().insert((redemption.registration, binding), worker);
+        }
+        match self.inboxes.get(worker) {
+            Some(inbox) => inbox.send(Letter::Redeemed(redemption)),
+            None => tracing::error!(worker, "an answer for a worker that does not exist"),
+        }
+    }
+
+    /// Control wants a binding fenced. One that is gone already is answered at once: nothing of it is under way.
+    pub fn fence(&self, registration: u64, fence: Fence) {
+        let worker = self.registry.0.lock().get(&(registration, fence.binding)).copied();
+        match worker {
+            Some(worker) => self.inboxes[worker].send(Letter::Fence { registration, fence }),
+            None => self.port.fenced(registration, fence),
+        }
+    }
+
+    /// The link is up again with a control process that knows no binding made before `registration`.
+    pub fn new_control(&self, registration: u64) {
+        for inbox in &self.inboxes {
+            inbox.send(Letter::NewControl { registration });
+        }
+    }
+
+    /// Ends all channels, finishes storage operations, and ends all threads. Idempotent.
+    pub fn stop(&self) {
+        if self.stopped.swap(true) {
+            return;
+        }
+        for inbox in &self.inboxes {
+            inbox.send(Letter::Stop);
+        }
+        let (threads, storage) = &mut *self.threads.lock();
+        for thread in threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a worker had panicked");
+            }
+        }
+        if let Some(mut storage) = storage.take() {
+            storage.stop();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("workers", &self.inboxes.len()).finish_non_exhaustive()
+    }
+}

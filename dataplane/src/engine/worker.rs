@@ -1,0 +1,359 @@
+//! A worker: the loop that serves its channels.
+//!
+//! ```text
+//!    ┌► letters, storage results ─► poll hot channels ─► turns: each channel with work, round robin ─┐
+//!    │                                                                                              │
+//!    └──────────────────────────────── something was done ◄─────────────────────────────────────────┤
+//!    ▲                                                                   nothing for `spin_rounds`  ▼
+//!    └──── wake-up ◄── epoll_wait, until the earliest deadline ◄── all armed and idle ◄── arm hot channels
+//! ```
+//!
+//! A channel is *hot* from a wake-up, or from something submitted on it, until it armed itself in idleness. Channels
+//! that lack a buffer wait in one queue, first come first served; it is looked at whenever something came back.
+
+use super::ConnKey;
+use super::channel::{Conn, Cx, Turn};
+use super::inbox::{Inbox, Letter};
+use crate::engine::bind::Redemption;
+use holdfast_shared::types::Status;
+use holdfast_shared::wire::link::Fence;
+use holdfast_transport::{Armed, Channel, Completion};
+use rustix::event::{Timespec, epoll};
+use slab::Slab;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const INBOX_EVENT: u64 = u64::MAX;
+const EVENTS_MAX: usize = 256;
+
+pub(crate) struct Worker {
+    cx: Cx,
+    inbox: Arc<Inbox>,
+    epoll: OwnedFd,
+    conns: Slab<Conn>,
+    generation: u32,
+    /// Channels to poll.
+    hot: Vec<usize>,
+    /// Channels with work to do, and those that wait for a buffer, in the order they came.
+    ready: VecDeque<usize>,
+    starved: VecDeque<usize>,
+    completions: Vec<Completion>,
+    /// No deadline is earlier than this.
+    deadline: Option<Instant>,
+    stop_by: Option<Instant>,
+}
+
+impl Worker {
+    pub(crate) fn new(cx: Cx, inbox: Arc<Inbox>) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, inbox.fd(), epoll::EventData::new_u64(INBOX_EVENT), flags)?;
+        let room = cx.settings.limits.channels_max.min(4096);
+        Ok(Self {
+            cx,
+            inbox,
+            epoll,
+            conns: Slab::with_capacity(room),
+            generation: 0,
+            hot: Vec::with_capacity(room),
+            ready: VecDeque::with_capacity(room),
+            starved: VecDeque::with_capacity(room),
+            completions: Vec::with_capacity(1024),
+            deadline: None,
+            stop_by: None,
+        })
+    }
+
+    /// Serves until told to stop and all channels have ended.
+    pub(crate) fn run(mut self) {
+        let mut events = Vec::with_capacity(EVENTS_MAX);
+        let mut idle = 0;
+        loop {
+            self.cx.gauges.polls_total.add(1);
+            self.cx.now = Instant::now();
+            let mut busy = self.letters();
+            busy |= self.storage();
+            busy |= self.poll();
+            busy |= self.turns();
+            self.timers();
+            if self.stop_by.is_some() && self.conns.is_empty() {
+                return;
+            }
+            if busy {
+                idle = 0;
+                continue;
+            }
+            idle += 1;
+            if idle <= self.cx.settings.engine.spin_rounds {
+                std::hint::spin_loop();
+                continue;
+            }
+            if self.arm() && self.inbox.may_sleep() {
+                let slept = self.sleep(&mut events);
+                self.inbox.woke();
+                if let Err(error) = slept {
+                    // The descriptors are ours and valid: this cannot go on, and silence would be worse.
+                    tracing::error!(%error, "a worker cannot wait for events");
+                    return;
+                }
+                idle = 0;
+            }
+        }
+    }
+
+    fn letters(&mut self) -> bool {
+        let mut busy = false;
+        while let Some(letter) = self.inbox.letter() {
+            busy = true;
+            match letter {
+                Letter::Channel(channel) => self.adopt(channel),
+                Letter::Redeemed(redemption) => self.redeemed(redemption),
+                Letter::Fence { registration, fence } => self.fence(registration, fence),
+                Letter::NewControl { registration } => {
+                    for index in self.indexes() {
+                        self.with(index, |conn, cx| conn.new_control(cx, registration));
+                    }
+                }
+                Letter::Stop => self.stop(),
+            }
+        }
+        busy
+    }
+
+    fn indexes(&self) -> Vec<usize> {
+        self.conns.iter().map(|(index, _)| index).collect()
+    }
+
+    fn adopt(&mut self, channel: Box<dyn Channel>) {
+        self.generation = self.generation.wrapping_add(1);
+        let entry = self.conns.vacant_entry();
+        let index = entry.key();
+        let key = ConnKey { index: u32::try_from(index).unwrap_or(u32::MAX), generation: self.generation };
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        let added =
+            epoll::add(&self.epoll, channel.wake_fd(), epoll::EventData::new_u64(index as u64), flags);
+        entry.insert(Conn::new(&mut self.cx, key, channel));
+        let stopping = self.stop_by.is_some();
+        self.with(index, |conn, cx| {
+            if let Err(error) = added {
+                tracing::error!(%error, "a channel's wake descriptor cannot be watched");
+                conn.abort(cx, "its wake descriptor cannot be watched");
+            } else if stopping {
+                conn.end(cx, Status::Unavailable, "the server stops");
+            }
+        });
+    }
+
+    fn redeemed(&mut self, redemption: Redemption) {
+        let ConnKey { index, generation } = redemption.ticket.conn;
+        let index = index as usize;
+        match self.conns.get(index) {
+            Some(conn) if conn.key.generation == generation => {
+                self.with(index, |conn, cx| conn.redeemed(cx, redemption));
+            }
+            _ => redemption.abandon(&self.cx),
+        }
+    }
+
+    fn fence(&mut self, registration: u64, fence: Fence) {
+        let found = self
+            .conns
+            .iter()
+            .find_map(|(index, conn)| conn.has_binding(registration, fence.binding).then_some(index));
+        match found {
+            Some(index) => self.with(index, |conn, cx| conn.fence(cx, registration, fence)),
+            // It ended by itself meanwhile.
+            None => self.cx.port.fenced(registration, fence),
+        }
+    }
+
+    fn stop(&mut self) {
+        let linger = Duration::from_millis(self.cx.settings.limits.linger_ms);
+        self.stop_by = Some(self.cx.now + 2 * linger);
+        self.note_deadline(self.stop_by);
+        for index in self.indexes() {
+            self.with(index, |conn, cx| conn.end(cx, Status::Unavailable, "the server stops"));
+        }
+    }
+
+    fn storage(&mut self) -> bool {
+        let mut busy = false;
+        while let Some(done) = self.inbox.done() {
+            busy = true;
+            let ConnKey { index, generation } = done.tag.conn;
+            let index = index as usize;
+            if self.conns.get(index).is_some_and(|conn| conn.key.generation == generation) {
+                self.with(index, |conn, cx| conn.storage_done(cx, done));
+            } else {
+                tracing::error!("a storage result for a channel that is gone");
+            }
+        }
+        if busy {
+            self.cx.storage.push();
+        }
+        busy
+    }
+
+    fn poll(&mut self) -> bool {
+        let mut busy = false;
+        let mut at = 0;
+        while at < self.hot.len() {
+            let index = self.hot[at];
+            at += 1;
+            let mut completions = std::mem::take(&mut self.completions);
+            self.with(index, |conn, cx| busy |= conn.poll(cx, &mut completions));
+            completions.clear();
+            self.completions = completions;
+        }
+        busy
+    }
+
+    fn turns(&mut self) -> bool {
+        let mut busy = false;
+        for _ in 0..self.ready.len() {
+            let Some(index) = self.ready.pop_front() else { break };
+            let Some(conn) = self.conns.get_mut(index) else { continue };
+            conn.listed = false;
+            busy = true;
+            match conn.turn(&mut self.cx) {
+                Turn::More => {
+                    conn.listed = true;
+                    self.ready.push_back(index);
+                }
+                Turn::Idle => {}
+                Turn::Starved if !conn.starved => {
+                    conn.starved = true;
+                    self.starved.push_back(index);
+                }
+                // It keeps its place in the queue.
+                Turn::Starved => {}
+            }
+            self.settle(index);
+        }
+        busy
+    }
+
+    /// Lets channels that lacked a buffer try again, in their order.
+    fn feed(&mut self) {
+        while let Some(index) = self.starved.pop_front() {
+            if let Some(conn) = self.conns.get_mut(index) {
+                conn.starved = false;
+                if !conn.listed {
+                    conn.listed = true;
+                    self.ready.push_back(index);
+                }
+            }
+        }
+    }
+
+    /// Does something with a channel, then puts it into the lists it belongs to now.
+    fn with(&mut self, index: usize, act: impl FnOnce(&mut Conn, &mut Cx)) {
+        if let Some(conn) = self.conns.get_mut(index) {
+            act(conn, &mut self.cx);
+            self.settle(index);
+        }
+    }
+
+    fn settle(&mut self, index: usize) {
+        let Some(conn) = self.conns.get_mut(index) else { return };
+        if conn.is_finished() {
+            self.remove(index);
+            return;
+        }
+        if conn.wants_poll() && !conn.hot {
+            conn.hot = true;
+            self.hot.push(index);
+        }
+        if conn.wants_turn() && !conn.listed {
+            conn.listed = true;
+            self.ready.push_back(index);
+        }
+        let deadline = conn.deadline();
+        let freed = std::mem::take(&mut conn.freed);
+        self.note_deadline(deadline);
+        if freed && !self.starved.is_empty() {
+            self.feed();
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        let conn = self.conns.remove(index);
+        let _ = epoll::delete(&self.epoll, conn.wake_fd());
+        self.hot.retain(|other| *other != index);
+        self.ready.retain(|other| *other != index);
+        self.starved.retain(|other| *other != index);
+        conn.release(&mut self.cx);
+        self.feed();
+    }
+
+    fn note_deadline(&mut self, deadline: Option<Instant>) {
+        if let Some(new) = deadline {
+            self.deadline = Some(self.deadline.map_or(new, |old| old.min(new)));
+        }
+    }
+
+    fn timers(&mut self) {
+        if self.deadline.is_none_or(|at| at > self.cx.now) {
+            return;
+        }
+        self.deadline = None;
+        for index in self.indexes() {
+            self.with(index, |conn, cx| conn.on_deadline(cx));
+        }
+        match self.stop_by {
+            Some(by) if by <= self.cx.now => {
+                for index in self.indexes() {
+                    self.with(index, |conn, cx| conn.abort(cx, "the server stops"));
+                }
+            }
+            other => self.note_deadline(other),
+        }
+    }
+
+    /// Arms all hot channels. False if one has something to do.
+    fn arm(&mut self) -> bool {
+        let mut idle = true;
+        let conns = &mut self.conns;
+        self.hot.retain(|index| {
+            let Some(conn) = conns.get_mut(*index) else { return false };
+            conn.hot = conn.arm() == Armed::Pending;
+            idle &= !conn.hot;
+            conn.hot
+        });
+        idle
+    }
+
+    fn sleep(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+        let timeout = self.deadline.map(|at| {
+            let wait = at.saturating_duration_since(Instant::now());
+            // Rounded up: waking a moment early would only mean another round.
+            let wait = wait + Duration::from_micros(1);
+            Timespec {
+                tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: wait.subsec_nanos().into(),
+            }
+        });
+        events.clear();
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.cx.gauges.wakeups_total.add(1);
+        for event in events.iter() {
+            let data = event.data.u64();
+            if data == INBOX_EVENT {
+                self.inbox.clear();
+            } else if let Some(conn) = usize::try_from(data).ok().and_then(|index| self.conns.get_mut(index))
+            {
+                if !conn.hot {
+                    conn.hot = true;
+                    self.hot.push(conn.key.index as usize);
+                }
+            }
+        }
+        Ok(())
+    }
+}
