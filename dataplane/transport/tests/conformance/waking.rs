@@ -1,0 +1,96 @@
+//! Both sides sleep whenever they may, on threads of their own. A lost wake-up hangs one of them.
+
+use crate::kit::*;
+use holdfast_transport::{Kind, Operation};
+
+pub(crate) fn two_sleepers_never_miss_each_other<F: Fabric>() {
+    const ROUNDS: u64 = 2000;
+    let (mut client, mut server) = ends::<F>(Sizes::default(), 4);
+    let echo = std::thread::spawn(move || {
+        for _ in 0..ROUNDS {
+            let received = server.next_of(Kind::Recv);
+            let length = received.outcome.unwrap();
+            let mut buffer = server.buffer();
+            buffer[..length].copy_from_slice(&received.buffer[..length]);
+            server.submit(received.token, Operation::Recv { buffer: received.buffer });
+            server.submit(0, Operation::Send { buffer, length });
+            server.pump();
+        }
+        // Not before the last one has gone out.
+        drive(&mut [&mut server], |ends| ends[0].has_ended());
+    });
+    for round in 0..ROUNDS {
+        client.send(round, &round.to_le_bytes());
+        let received = client.next_of(Kind::Recv);
+        assert_eq!(received.buffer[..8], round.to_le_bytes());
+        client.submit(received.token, Operation::Recv { buffer: received.buffer });
+    }
+    drop(client);
+    echo.join().unwrap();
+}
+
+const COUNT: u64 = 4000;
+/// Messages that may be unacknowledged.
+const WINDOW: u64 = 16;
+/// Number of a message that only acknowledges.
+const ACK: u64 = u64::MAX;
+
+/// One side: sends its messages in random bursts, acknowledges the peer's, sleeps when it can do neither.
+fn run(mut end: End, seed: u64) -> End {
+    let (mut sent, mut received, mut heard, mut told) = (0u64, 0u64, 0u64, 0u64);
+    let mut random = Random(seed);
+    while received < COUNT || heard < COUNT {
+        for _ in 0..random.below(9) {
+            if sent < COUNT && sent < heard + WINDOW && say(&mut end, sent, received, 16 + random.below(3000))
+            {
+                (sent, told) = (sent + 1, received);
+            }
+        }
+        let is_owed = received - told >= WINDOW / 2 || (received == COUNT && told < COUNT);
+        if is_owed && say(&mut end, ACK, received, 16) {
+            told = received;
+        }
+        end.pump();
+        let may_send = sent < COUNT && sent < heard + WINDOW;
+        if end.done.is_empty() && !may_send && (received < COUNT || heard < COUNT) {
+            drive(&mut [&mut end], |ends| !ends[0].done.is_empty());
+        }
+        while let Some(completion) = end.done.pop_front() {
+            completion.outcome.unwrap();
+            if completion.kind == Kind::Recv {
+                let number =
+                    |at: usize| u64::from_le_bytes(completion.buffer[at..at + 8].try_into().unwrap());
+                heard = heard.max(number(8));
+                if number(0) != ACK {
+                    assert_eq!(number(0), received);
+                    received += 1;
+                }
+                end.submit(completion.token, Operation::Recv { buffer: completion.buffer });
+            }
+        }
+    }
+    if told < COUNT {
+        assert!(say(&mut end, ACK, received, 16));
+        end.pump();
+    }
+    end
+}
+
+fn say(end: &mut End, number: u64, received: u64, length: usize) -> bool {
+    let mut buffer = end.buffer();
+    buffer[..8].copy_from_slice(&number.to_le_bytes());
+    buffer[8..16].copy_from_slice(&received.to_le_bytes());
+    end.channel.submit(number, Operation::Send { buffer, length }).is_ok()
+}
+
+pub(crate) fn bursts_between_sleepers_are_never_lost<F: Fabric>() {
+    let sizes = Sizes { depth: 32, receives: 32, buffer_len: 4096, buffers: 96 };
+    let (client, server) = ends::<F>(sizes, 32);
+    let other = std::thread::spawn(move || run(server, 7));
+    let mut client = run(client, 8);
+    // The other side may still wait for what this one has queued.
+    while !other.is_finished() {
+        drive_for(&mut [&mut client], std::time::Duration::from_millis(5), |_| false);
+    }
+    let _server = other.join().unwrap();
+}
