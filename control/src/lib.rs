@@ -1,1 +1,30 @@
 //! The control plane process: authenticates, opens files, issues resume keys, decides every conflict.
+//!
+//! It never sees a read or a write: there is no such request.
+//!
+//! ```text
+//!  clients ─TLS─► accept ─► session ─┐            ┌─► volume   file system, on blocking threads
+//!                                    ├─► driver ──┤
+//!  dataplane ─Unix─► link ───────────┤  (owns the └─► link     grants with descriptors, fences
+//!  operator ─Unix─► admin ───────────┘  Authority)
+//! ```
+//!
+//! One task, [`driver`], owns the authority and everything it decides about; all others bring it events and
+//! perform what it wants done. Data flows one way round, and no lock guards any state.
+
+#![forbid(unsafe_code)]
+
+pub mod accept;
+pub mod admin;
+pub mod config;
+pub mod driver;
+mod errno;
+pub mod gauges;
+pub mod link;
+pub mod secrets;
+pub mod server;
+pub mod session;
+pub mod tls;
+pub mod volume;
+
+pub use errno::status_of;

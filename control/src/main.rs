@@ -1,3 +1,80 @@
-//! The control plane process: authenticates, opens files, issues resume keys, decides every conflict.
+//! `holdfast-control --config FILE`: the control plane process.
+//!
+//! Prints one line on stdout when it is ready; logs go to stderr (`HOLDFAST_LOG` filters them). SIGTERM and SIGINT
+//! stop it cleanly.
 
-fn main() {}
+use anyhow::Context;
+use clap::Parser;
+use holdfast_control::config::Config;
+use holdfast_control::server::{self, Ready};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Holdfast's control plane: authenticates, opens files, issues resume keys.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The config file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// Exit code after a panic: our own bug, so a supervisor starts us anew.
+const EXIT_PANIC: i32 = 70;
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_env("HOLDFAST_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // A task that panics must not leave a server behind that only looks alive.
+    std::panic::set_hook(Box::new(|panic| {
+        tracing::error!("{panic}");
+        std::process::exit(EXIT_PANIC);
+    }));
+    let config = Config::load(&arguments.config)?;
+    // Every file is made with the mode that its maker names.
+    rustix::process::umask(Mode::empty());
+    raise_descriptor_limit();
+
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(config.limits.file_threads)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = async {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        };
+        server::run(config, announce, stop).await
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+fn announce(ready: &Ready) {
+    let line = serde_json::json!({
+        "ready": "control",
+        "listen": ready.listen,
+        "admin": ready.admin,
+        "link": ready.link,
+    });
+    let mut out = std::io::stdout().lock();
+    // Whoever started us may have gone; we serve all the same.
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+/// Each open holds a descriptor: take as many as the system allows.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}

@@ -1,0 +1,472 @@
+//! The one owner of the authority: takes events one at a time, performs what the authority wants done.
+//!
+//! It never blocks: file system work runs on blocking threads and comes back as events, answers and link messages go into
+//! queues whose length is bounded by what may be under way.
+//!
+//! ```text
+//!   sessions, link ──Event──►┐                      ┌─► answers (one queue a session)
+//!                            ├─► Authority ─Effect─►├─► packets (link)
+//!   blocking threads ─Done──►┘                      └─► blocking threads
+//! ```
+
+use crate::errno::refusal;
+use crate::gauges::{Gauges, Held};
+use crate::link::LinkPacket;
+use crate::volume::{Volume, attributes};
+use holdfast_shared::state::{
+    Authority, Effect, FileId, FileOpened, Fresh, Input, Located, OperationId, SessionBegan, Subject, Work,
+};
+use holdfast_shared::types::{SessionId, Status, Timestamp, VolumeId};
+use holdfast_shared::wire::control::{Refusal, Reply, ReplyMessage, Request};
+use holdfast_shared::wire::link::{
+    Gauge, RedeemResult, Redeemed, Register, Registered, ToControl, ToDataplane,
+};
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::{mpsc, oneshot};
+
+/// Gauge questions to dataplane that may wait at once.
+const GAUGE_QUESTIONS_MAX: usize = 16;
+
+/// What sessions, link and admin bring.
+pub enum Event {
+    /// A session begins; its answers go there.
+    Begin(Box<SessionBegan>, mpsc::Sender<Answer>),
+    /// A session asks.
+    Request(SessionId, u64, Box<Request>),
+    /// A session's connection is gone.
+    Lost(SessionId),
+    /// A dataplane registers, on the link connection of that number.
+    LinkBegin(u64, Register, mpsc::UnboundedSender<LinkPacket>),
+    /// It says something.
+    LinkMessage(u64, ToControl),
+    /// It is gone.
+    LinkEnd(u64),
+    /// Somebody wants dataplane's gauges.
+    Gauges(oneshot::Sender<Vec<Gauge>>),
+    /// Close everything; tell when it is done.
+    Stop(oneshot::Sender<()>),
+}
+
+/// What a session's connection is to do.
+pub enum Answer {
+    /// Send this.
+    Reply(Box<ReplyMessage>),
+    /// Send what is queued, then end.
+    End,
+}
+
+/// A descriptor of a volume's file, counted.
+struct HeldFile {
+    fd: Arc<OwnedFd>,
+    _held: Held,
+}
+
+enum Done {
+    Input(Input),
+    Opened(OperationId, FileId, Result<(FileOpened, HeldFile), Refusal>),
+}
+
+struct Link {
+    id: u64,
+    packets: mpsc::UnboundedSender<LinkPacket>,
+    questions: BTreeMap<u64, oneshot::Sender<Vec<Gauge>>>,
+    last_question: u64,
+}
+
+/// The driver.
+pub struct Driver {
+    authority: Authority,
+    volumes: HashMap<VolumeId, Arc<Volume>>,
+    gauges: Arc<Gauges>,
+    start: Instant,
+    sessions: HashMap<SessionId, mpsc::Sender<Answer>>,
+    files: HashMap<FileId, HeldFile>,
+    link: Option<Link>,
+    done: mpsc::UnboundedSender<Done>,
+    effects: Vec<Effect>,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+impl Driver {
+    /// Runs until the events end.
+    ///
+    /// # Errors
+    /// If the random number generator fails: then nothing may go on.
+    pub async fn run(
+        authority: Authority,
+        volumes: HashMap<VolumeId, Arc<Volume>>,
+        gauges: Arc<Gauges>,
+        mut events: mpsc::Receiver<Event>,
+    ) -> anyhow::Result<()> {
+        let (done, mut results) = mpsc::unbounded_channel();
+        let mut driver = Self {
+            authority,
+            volumes,
+            gauges,
+            start: Instant::now(),
+            sessions: HashMap::new(),
+            files: HashMap::new(),
+            link: None,
+            done,
+            effects: Vec::new(),
+            stopping: None,
+        };
+        loop {
+            let due = driver.authority.poll_timeout();
+            let alarm = async {
+                match due {
+                    Some(due) => {
+                        let at = driver.start + Duration::from_nanos(due.as_nanos());
+                        tokio::time::sleep_until(at.into()).await;
+                    }
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // What is under way ends before anything new begins.
+                biased;
+                Some(done) = results.recv() => driver.finished(done),
+                () = alarm => {
+                    let now = driver.now();
+                    driver.authority.handle_timeout(now, &mut driver.effects);
+                }
+                event = events.recv() => match event {
+                    Some(event) => driver.event(event)?,
+                    None => return Ok(()),
+                },
+            }
+            driver.perform_effects();
+            driver.gauges.show(driver.authority.counts());
+            driver.stopped();
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_nanos(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    fn input(&mut self, input: Input) {
+        let now = self.now();
+        self.authority.handle(now, input, &mut self.effects);
+        // In debug builds every state is checked, as in tests and simulation.
+        #[cfg(debug_assertions)]
+        self.authority.check_invariants();
+    }
+
+    fn event(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Begin(began, answers) => {
+                self.sessions.insert(began.session, answers);
+                if self.stopping.is_some() {
+                    self.end_session(began.session);
+                } else {
+                    self.input(Input::SessionBegan(began));
+                }
+            }
+            Event::Request(session, id, request) => {
+                self.gauges.request(&request);
+                self.input(Input::Request { session, id, request: *request, fresh: fresh()? });
+            }
+            Event::Lost(session) => {
+                self.sessions.remove(&session);
+                self.input(Input::SessionLost(session));
+            }
+            Event::LinkBegin(id, register, packets) => self.begin_link(id, register, packets),
+            Event::LinkMessage(id, message) => {
+                if self.link.as_ref().is_some_and(|link| link.id == id) {
+                    self.link_message(message)?;
+                }
+            }
+            Event::LinkEnd(id) => {
+                if self.link.as_ref().is_some_and(|link| link.id == id) {
+                    tracing::warn!("dataplane is gone; opens stay");
+                    self.link = None;
+                    self.gauges.link_up.store(0, Relaxed);
+                    self.input(Input::LinkLost);
+                }
+            }
+            Event::Gauges(answer) => self.ask_gauges(answer),
+            Event::Stop(stopped) => {
+                self.stopping = Some(stopped);
+                let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
+                for session in sessions {
+                    self.end_session(session);
+                    self.input(Input::SessionLost(session));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// When stopping: tells that nothing is left.
+    fn stopped(&mut self) {
+        let counts = self.authority.counts();
+        if counts.opens == 0 && counts.operations == 0 {
+            if let Some(stopping) = self.stopping.take() {
+                let _ = stopping.send(());
+            }
+        }
+    }
+
+    fn finished(&mut self, done: Done) {
+        match done {
+            Done::Input(input) => self.input(input),
+            Done::Opened(operation, file, result) => {
+                let result = result.map(|(opened, held)| {
+                    self.files.insert(file, held);
+                    opened
+                });
+                self.input(Input::FileOpened { operation, result });
+            }
+        }
+    }
+
+    fn perform_effects(&mut self) {
+        // Performing may bring inputs, and they more effects.
+        while !self.effects.is_empty() {
+            for effect in std::mem::take(&mut self.effects) {
+                self.effect(effect);
+            }
+        }
+    }
+
+    fn effect(&mut self, effect: Effect) {
+        match effect {
+            Effect::Reply { session, id, reply } => {
+                self.gauges.answer(&reply);
+                self.answer(session, Answer::Reply(Box::new(ReplyMessage { id, reply })));
+            }
+            Effect::Disconnect(session) => self.end_session(session),
+            Effect::OpenFile { operation, file, at, access, disposition, mode, follow } => {
+                let (volume, gauges) = (self.volume(&at), self.gauges.clone());
+                self.blocking(move || {
+                    let open = |volume: Arc<Volume>| {
+                        let (opened, fd) = volume.open_file(&at.path, access, disposition, mode, follow)?;
+                        let fd = Arc::new(fd);
+                        let held = Held::new(&gauges, |g| &g.open_files);
+                        Ok((opened, HeldFile { fd, _held: held }))
+                    };
+                    Done::Opened(operation, file, volume.and_then(open))
+                });
+            }
+            Effect::CloseFile(file) => {
+                // The last close of a removed file frees its blocks, which may take its time.
+                if let Some(held) = self.files.remove(&file) {
+                    tokio::task::spawn_blocking(move || drop(held));
+                }
+            }
+            Effect::Resolve { operation, names } => {
+                let volume = names.first().map_or_else(|| Err(internal()), |at| self.volume(at));
+                self.blocking(move || {
+                    let result =
+                        volume.and_then(|volume| names.iter().map(|at| volume.identify(&at.path)).collect());
+                    Done::Input(Input::Resolved { operation, result })
+                });
+            }
+            Effect::Perform { operation, work } => self.work(operation, work),
+            Effect::Grant { id, file, grant } => {
+                let fd = self.files.get(&file).map(|held| held.fd.clone());
+                match fd {
+                    Some(fd) => {
+                        tracing::debug!(open = %grant.open, handle = %grant.handle, "bind granted");
+                        self.gauges.binds_granted_total.fetch_add(1, Relaxed);
+                        let result = RedeemResult::Granted(grant);
+                        self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), Some(fd));
+                    }
+                    None => {
+                        tracing::error!(open = %grant.open, "an open without a descriptor");
+                        self.refuse_bind(id, Status::Internal);
+                        self.input(Input::Released(grant.binding));
+                    }
+                }
+            }
+            Effect::RefuseBind { id, status } => self.refuse_bind(id, status),
+            Effect::Fence(fence) => self.to_dataplane(ToDataplane::Fence(fence), None),
+            Effect::FenceOverdue(binding) => {
+                self.gauges.fences_overdue_total.fetch_add(1, Relaxed);
+                tracing::error!(
+                    binding = binding.0,
+                    "dataplane has not confirmed a fence; its file stays claimed"
+                );
+            }
+        }
+    }
+
+    fn work(&mut self, operation: OperationId, work: Work) {
+        let volume_of = |at: &Located| self.volume(at);
+        let job: Box<dyn FnOnce() -> Result<Reply, Refusal> + Send> = match work {
+            Work::Attributes(Subject::File(file)) => {
+                let fd = self.fd(file);
+                Box::new(move || attributes::of_file(&*fd?).map(Reply::Attributes))
+            }
+            Work::SetAttributes(Subject::File(file), changes) => {
+                let fd = self.fd(file);
+                Box::new(move || attributes::change_file(&*fd?, &changes).map(Reply::Attributes))
+            }
+            Work::Attributes(Subject::Name(at)) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.attributes(&at.path).map(Reply::Attributes))
+            }
+            Work::SetAttributes(Subject::Name(at), changes) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.set_attributes(&at.path, &changes).map(Reply::Attributes))
+            }
+            Work::List(at, after) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.list(&at.path, &after).map(Reply::Entries))
+            }
+            Work::MakeDirectory(at, mode) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.make_directory(&at.path, mode).map(|()| Reply::Done))
+            }
+            Work::MakeSymlink(at, text) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.make_symlink(&at.path, &text).map(|()| Reply::Done))
+            }
+            Work::ReadSymlink(at) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.read_symlink(&at.path).map(Reply::Symlink))
+            }
+            Work::VolumeStatus(id) => {
+                let volume = self.volumes.get(&id).cloned().ok_or_else(internal);
+                Box::new(move || volume?.status().map(Reply::VolumeStatus))
+            }
+            Work::Remove(at, file) => {
+                let volume = volume_of(&at);
+                Box::new(move || volume?.remove(&at.path, file).map(|()| Reply::Done))
+            }
+            Work::Rename { from, to } => {
+                let volume = volume_of(&from.0);
+                Box::new(move || {
+                    let done = volume?.rename((&from.0.path, from.1), (&to.0.path, to.1));
+                    done.map(|()| Reply::Done)
+                })
+            }
+        };
+        self.blocking(move || Done::Input(Input::Performed { operation, result: job() }));
+    }
+
+    fn blocking(&self, work: impl FnOnce() -> Done + Send + 'static) {
+        let done = self.done.clone();
+        tokio::task::spawn_blocking(move || {
+            // The driver is gone only when the process ends.
+            let _ = done.send(work());
+        });
+    }
+
+    fn volume(&self, at: &Located) -> Result<Arc<Volume>, Refusal> {
+        self.volumes.get(&at.volume).cloned().ok_or_else(internal)
+    }
+
+    fn fd(&self, file: FileId) -> Result<Arc<OwnedFd>, Refusal> {
+        self.files.get(&file).map(|held| held.fd.clone()).ok_or_else(internal)
+    }
+
+    fn answer(&mut self, session: SessionId, answer: Answer) {
+        let Some(answers) = self.sessions.get(&session) else { return };
+        // The queue holds one place for each request that may be under way, and one for the end.
+        if answers.try_send(answer).is_err() {
+            self.sessions.remove(&session);
+        }
+    }
+
+    fn end_session(&mut self, session: SessionId) {
+        self.answer(session, Answer::End);
+        self.sessions.remove(&session);
+    }
+
+    fn begin_link(&mut self, id: u64, register: Register, packets: mpsc::UnboundedSender<LinkPacket>) {
+        let status = if register.version != holdfast_shared::wire::link::VERSION {
+            Status::Version
+        } else if self.link.is_some() {
+            Status::TooMany
+        } else {
+            Status::Ok
+        };
+        let message = ToDataplane::Registered(Registered { status });
+        let _ = packets.send(LinkPacket { message, descriptor: None });
+        if status != Status::Ok {
+            // Without its sender the connection sends what is queued and ends.
+            tracing::warn!(?status, "a dataplane was refused");
+            return;
+        }
+        tracing::info!("dataplane linked");
+        self.gauges.link_up.store(1, Relaxed);
+        self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0 });
+        self.input(Input::LinkUp { service_blob: register.service_blob });
+    }
+
+    fn link_message(&mut self, message: ToControl) -> anyhow::Result<()> {
+        match message {
+            ToControl::Register(_) => {
+                tracing::warn!("dataplane registered twice on one link; ignored");
+            }
+            ToControl::Redeem(redeem) => {
+                self.input(Input::Redeem { redeem: Box::new(redeem), fresh: fresh()? });
+            }
+            ToControl::Fenced(fence) => self.input(Input::Fenced(fence)),
+            ToControl::Released(binding) => self.input(Input::Released(binding)),
+            ToControl::Gauges(gauges) => {
+                let link = self.link.as_mut();
+                if let Some(question) = link.and_then(|link| link.questions.remove(&gauges.id)) {
+                    let _ = question.send(gauges.gauges);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ask_gauges(&mut self, answer: oneshot::Sender<Vec<Gauge>>) {
+        let Some(link) = &mut self.link else { return };
+        link.questions.retain(|_, question| !question.is_closed());
+        if link.questions.len() < GAUGE_QUESTIONS_MAX {
+            link.last_question += 1;
+            let id = link.last_question;
+            link.questions.insert(id, answer);
+            self.to_dataplane(ToDataplane::GetGauges(id), None);
+        }
+    }
+
+    fn refuse_bind(&mut self, id: u64, status: Status) {
+        self.gauges.binds_refused_total.fetch_add(1, Relaxed);
+        self.gauges.refused(status);
+        let result = RedeemResult::Refused(status);
+        self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), None);
+    }
+
+    /// Queues a packet. The queue holds at most one answer for each bind under way and one fence for each binding.
+    /// If the link is gone its end is already on the way here.
+    fn to_dataplane(&self, message: ToDataplane, descriptor: Option<Arc<OwnedFd>>) {
+        if let Some(link) = &self.link {
+            let _ = link.packets.send(LinkPacket { message, descriptor });
+        }
+    }
+}
+
+fn internal() -> Refusal {
+    refusal(Status::Internal, "")
+}
+
+/// Fresh randomness for one input.
+fn fresh() -> anyhow::Result<Box<Fresh>> {
+    let mut fresh = Fresh { open: [0; 16], handle: [0; 16], challenge: [0; 32], nonce: [0; 12], wall_ms: 0 };
+    let parts: [&mut [u8]; 4] = [&mut fresh.open, &mut fresh.handle, &mut fresh.challenge, &mut fresh.nonce];
+    for part in parts {
+        random(part)?;
+    }
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    fresh.wall_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
+    Ok(Box::new(fresh))
+}
+
+/// Fills with randomness.
+///
+/// # Errors
+/// If the generator fails.
+pub(crate) fn random(bytes: &mut [u8]) -> anyhow::Result<()> {
+    aws_lc_rs::rand::fill(bytes).map_err(|_| anyhow::anyhow!("the random number generator failed"))
+}

@@ -1,0 +1,176 @@
+//! Counters and gauges, for the operator. Written from anywhere, read by the admin socket.
+
+use holdfast_shared::state::Counts;
+use holdfast_shared::types::Status;
+use holdfast_shared::wire::control::{Reply, Request};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+macro_rules! kinds {
+    ($($variant:ident $pattern:tt => $name:literal),* $(,)?) => {
+        const KINDS: &[&str] = &[$($name),*];
+
+        fn kind(request: &Request) -> usize {
+            let name = match request { $(kinds!(@pattern $variant $pattern) => $name,)* };
+            KINDS.iter().position(|kind| *kind == name).unwrap_or(0)
+        }
+    };
+    (@pattern $variant:ident (..)) => { Request::$variant(..) };
+    (@pattern $variant:ident ()) => { Request::$variant };
+}
+
+kinds! {
+    Hello(..) => "hello", Open(..) => "open", QueryKey(..) => "query_key", Close(..) => "close",
+    GetAttributes(..) => "get_attributes", SetAttributes(..) => "set_attributes", List(..) => "list",
+    MakeDirectory(..) => "make_directory", Remove(..) => "remove", Rename(..) => "rename",
+    VolumeStatus(..) => "volume_status", Volumes() => "volumes", MakeSymlink(..) => "make_symlink",
+    ReadSymlink(..) => "read_symlink", Ping() => "ping",
+}
+
+macro_rules! gauges {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// All of them.
+        #[derive(Debug)]
+        pub struct Gauges {
+            $($(#[$doc])* pub $name: AtomicU64,)*
+            requests: [AtomicU64; KINDS.len()],
+            refused: [AtomicU64; Status::ALL.len()],
+        }
+
+        impl Default for Gauges {
+            fn default() -> Self {
+                Self {
+                    $($name: AtomicU64::new(0),)*
+                    requests: [const { AtomicU64::new(0) }; KINDS.len()],
+                    refused: [const { AtomicU64::new(0) }; Status::ALL.len()],
+                }
+            }
+        }
+
+        impl Gauges {
+            /// Every gauge by its name. Requests and refusals that never occurred are left out.
+            pub fn snapshot(&self) -> BTreeMap<String, u64> {
+                let mut all = BTreeMap::new();
+                $(all.insert(stringify!($name).to_owned(), self.$name.load(Relaxed));)*
+                let requests = KINDS.iter().map(|kind| (*kind).to_owned()).zip(&self.requests);
+                let refused = Status::ALL.iter().map(|s| format!("{s:?}")).zip(&self.refused);
+                for (prefix, name, count) in requests.map(|(n, c)| ("requests_total", n, c))
+                    .chain(refused.map(|(n, c)| ("refused_total", n, c)))
+                {
+                    let count = count.load(Relaxed);
+                    if count > 0 {
+                        all.insert(format!("{prefix}.{name}"), count);
+                    }
+                }
+                all
+            }
+        }
+    };
+}
+
+gauges! {
+    /// Sessions.
+    sessions,
+    /// Opens, closing ones included.
+    opens,
+    /// Bindings that dataplane holds.
+    bindings,
+    /// Bindings being fenced.
+    fences,
+    /// Operations under way in the file system.
+    operations,
+    /// Files with a claim on access.
+    claimed_files,
+    /// Descriptors of volumes' files that this process holds.
+    open_files,
+    /// Connections whose handshake is not finished.
+    half_open_handshakes,
+    /// Control connections, half-open ones included.
+    connections,
+    /// 1 while a dataplane is linked.
+    link_up,
+    /// Handshakes that failed or took too long.
+    handshakes_failed_total,
+    /// Connections closed at once because their address has too many half-open ones.
+    connections_dropped_total,
+    /// Fences that were confirmed late, or not yet.
+    fences_overdue_total,
+    /// Binds granted.
+    binds_granted_total,
+    /// Binds refused.
+    binds_refused_total,
+}
+
+impl Gauges {
+    /// Counts a request.
+    pub fn request(&self, request: &Request) {
+        self.requests[kind(request)].fetch_add(1, Relaxed);
+    }
+
+    /// Counts a refusal among the answers.
+    pub fn answer(&self, reply: &Reply) {
+        if let Reply::Refused(refusal) = reply {
+            self.refused(refusal.status);
+        }
+    }
+
+    /// Counts a refusal.
+    pub fn refused(&self, status: Status) {
+        if let Some(count) = self.refused.get(usize::from(status.number())) {
+            count.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Shows what the authority has.
+    pub fn show(&self, counts: Counts) {
+        for (gauge, count) in [
+            (&self.sessions, counts.sessions),
+            (&self.opens, counts.opens),
+            (&self.bindings, counts.bindings),
+            (&self.fences, counts.fences),
+            (&self.operations, counts.operations),
+            (&self.claimed_files, counts.claimed_files),
+        ] {
+            gauge.store(count as u64, Relaxed);
+        }
+    }
+}
+
+/// Picks one gauge.
+type Which = fn(&Gauges) -> &AtomicU64;
+
+/// Counts one up for as long as it lives.
+pub struct Held(Arc<Gauges>, Which);
+
+impl Held {
+    /// Counts one up.
+    pub fn new(gauges: &Arc<Gauges>, which: Which) -> Self {
+        which(gauges).fetch_add(1, Relaxed);
+        Self(gauges.clone(), which)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        (self.1)(&self.0).fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_counted_is_shown() {
+        let gauges = std::sync::Arc::new(Gauges::default());
+        gauges.request(&Request::Ping);
+        gauges.refused(Status::BadKey);
+        let held = Held::new(&gauges, |g| &g.open_files);
+        let shown = gauges.snapshot();
+        assert_eq!((shown["requests_total.ping"], shown["refused_total.BadKey"]), (1, 1));
+        assert_eq!(shown["open_files"], 1);
+        drop(held);
+        assert_eq!(gauges.snapshot()["open_files"], 0);
+    }
+}

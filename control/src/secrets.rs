@@ -1,0 +1,187 @@
+//! The state directory: the server's own secrets, and proof that only one control process uses it.
+//!
+//! | file | bytes | what |
+//! |---|---|---|
+//! | `kek` | 32 | seals resume keys |
+//! | `cluster` | 16 | the cluster's id, in every resume key |
+//! | `lock` | 0 | locked while a control process runs |
+//!
+//! Directory 0700, files 0600. A secret that others may read or write is not used.
+
+use holdfast_shared::auth::{Keyring, Secret};
+use holdfast_shared::types::ClusterId;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, openat};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Why the state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// An operation failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// On which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Others may use it.
+    #[error("{path} has mode {mode:04o}: it must not be open to group or others (chmod go= {path})")]
+    Permissions {
+        /// Which file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// It belongs to somebody else.
+    #[error("{path} belongs to another user")]
+    Owner {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// It does not have the right length.
+    #[error(
+        "{path} has {got} bytes instead of {wanted}; restore it, or remove it to start anew (resume keys are lost)"
+    )]
+    Length {
+        /// Which file.
+        path: PathBuf,
+        /// Its length.
+        got: usize,
+        /// As it should be.
+        wanted: usize,
+    },
+    /// Another process has it.
+    #[error("{path}: another control process uses this state directory")]
+    InUse {
+        /// The lock file.
+        path: PathBuf,
+    },
+}
+
+/// The state directory, held.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    /// The lock lives as long as this descriptor.
+    _lock: OwnedFd,
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> StateError + '_ {
+    move |source| StateError::Io { path: path.to_owned(), source }
+}
+
+fn check_private(path: &Path) -> Result<(), StateError> {
+    let metadata = std::fs::metadata(path).map_err(io(path))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        return Err(StateError::Owner { path: path.to_owned() });
+    }
+    let mode = metadata.permissions().mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(StateError::Permissions { path: path.to_owned(), mode });
+    }
+    Ok(())
+}
+
+impl StateDir {
+    /// Makes it if it is missing, checks it, and keeps other control processes out.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io(path))?;
+        check_private(path)?;
+        let lock_path = path.join("lock");
+        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let lock = openat(rustix::fs::CWD, &lock_path, flags, Mode::from_raw_mode(0o600))
+            .map_err(|e| io(&lock_path)(e.into()))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+            rustix::io::Errno::WOULDBLOCK => StateError::InUse { path: lock_path.clone() },
+            other => io(&lock_path)(other.into()),
+        })?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// A file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The keys that seal resume keys, made at the first start.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn keyring(&self) -> Result<Keyring, StateError> {
+        let cluster = ClusterId(self.secret("cluster")?);
+        let mut kek = self.secret::<32>("kek")?;
+        let key = Secret::new(kek);
+        zeroize::Zeroize::zeroize(&mut kek);
+        Ok(Keyring::new(cluster, 1, &key))
+    }
+
+    /// Reads a secret, or makes it: written aside, flushed, and only then given its name.
+    fn secret<const N: usize>(&self, name: &str) -> Result<[u8; N], StateError> {
+        let path = self.file(name);
+        let mut secret = [0; N];
+        match std::fs::File::open(&path) {
+            Ok(mut file) => {
+                check_private(&path)?;
+                let length = file.metadata().map_err(io(&path))?.len();
+                let length = usize::try_from(length).unwrap_or(usize::MAX);
+                if length != N {
+                    return Err(StateError::Length { path, got: length, wanted: N });
+                }
+                file.read_exact(&mut secret).map_err(io(&path))?;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let failed = |_| io(&path)(std::io::Error::other("the random number generator failed"));
+                aws_lc_rs::rand::fill(&mut secret).map_err(failed)?;
+                let aside = self.file(&format!("{name}.new"));
+                let _ = std::fs::remove_file(&aside);
+                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+                let file = openat(rustix::fs::CWD, &aside, flags, Mode::from_raw_mode(0o600));
+                let mut file = std::fs::File::from(file.map_err(|e| io(&aside)(e.into()))?);
+                file.write_all(&secret).and_then(|()| file.sync_all()).map_err(io(&aside))?;
+                std::fs::rename(&aside, &path).map_err(io(&path))?;
+                std::fs::File::open(&self.path).and_then(|dir| dir.sync_all()).map_err(io(&self.path))?;
+            }
+            Err(error) => return Err(io(&path)(error)),
+        }
+        Ok(secret)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn made_once_and_then_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let first = StateDir::open(&path).unwrap().secret::<32>("kek").unwrap();
+        assert_eq!(StateDir::open(&path).unwrap().secret::<32>("kek").unwrap(), first);
+        assert_ne!(first, [0; 32]);
+        assert_eq!(std::fs::metadata(path.join("kek")).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn wide_permissions_short_secrets_and_second_processes_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let state = StateDir::open(&path).unwrap();
+        assert!(matches!(StateDir::open(&path), Err(StateError::InUse { .. })));
+        state.keyring().unwrap();
+        let kek = path.join("kek");
+        std::fs::set_permissions(&kek, PermissionsExt::from_mode(0o640)).unwrap();
+        assert!(matches!(state.keyring(), Err(StateError::Permissions { mode: 0o640, .. })));
+        std::fs::set_permissions(&kek, PermissionsExt::from_mode(0o600)).unwrap();
+        std::fs::write(&kek, b"short").unwrap();
+        assert!(matches!(state.keyring(), Err(StateError::Length { got: 5, .. })));
+        drop(state);
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        assert!(matches!(StateDir::open(&path), Err(StateError::Permissions { .. })));
+    }
+}
