@@ -39,6 +39,17 @@ impl Admission {
         self.capabilities
     }
 
+    /// Lowers the longest message and transfer to what a connection turned out to carry.
+    pub(crate) fn narrow(&mut self, length_max: usize) {
+        let capabilities = &mut self.capabilities;
+        capabilities.message_bytes_max = capabilities.message_bytes_max.min(length_max);
+        capabilities.transfer_bytes_max = capabilities.transfer_bytes_max.min(length_max);
+    }
+
+    pub(crate) fn receives_max(&self) -> usize {
+        self.receives_max
+    }
+
     /// Says whether the operation may be accepted now.
     pub(crate) fn check(&self, operation: &Operation) -> Result<(), SubmitError> {
         let (buffer, length, length_max) = match operation {

@@ -1,7 +1,7 @@
 //! The transports, and how the tests get at a pair of channels of each.
 
 use crate::kit::Fabric;
-use holdfast_transport::{Channel, Listener, Setup, memory, tcp};
+use holdfast_transport::{Channel, Listener, Setup, memory, tcp, verbs};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -33,6 +33,43 @@ impl Fabric for Tcp {
             Box::new(tcp::connect(address, Duration::from_secs(10), client).unwrap())
         })
     }
+}
+
+pub(crate) struct Verbs;
+
+impl Fabric for Verbs {
+    const NAME: &'static str = "verbs";
+    const PLACE_IS_BUFFERED: bool = false;
+    const OWNER_KNOWS: bool = false;
+    const SEND_WAITS: bool = false;
+
+    fn is_available() -> bool {
+        if rdma_address().is_some() {
+            return true;
+        }
+        let required = std::env::var_os("HOLDFAST_REQUIRE_RDMA").is_some_and(|value| value == "1");
+        assert!(!required, "HOLDFAST_REQUIRE_RDMA is set, and no RDMA device leads to HOLDFAST_RXE_ADDR");
+        println!("not exercised: no RDMA device here that leads to HOLDFAST_RXE_ADDR");
+        false
+    }
+
+    fn pair(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>) {
+        let listener = verbs::VerbsListener::bind(rdma_address().unwrap()).unwrap();
+        accept(listener, server, |address| {
+            Box::new(verbs::connect(address, Duration::from_secs(10), client).unwrap())
+        })
+    }
+}
+
+/// Where this host's RDMA device can be reached, if it has one; with port 0.
+pub(crate) fn rdma_address() -> Option<SocketAddr> {
+    let ip = std::env::var("HOLDFAST_RXE_ADDR").unwrap_or_else(|_| "10.9.0.1".into()).parse().unwrap();
+    let here = holdfast_verbs::Device::list().ok()?.iter().any(|device| {
+        device
+            .ipv4_addresses()
+            .is_ok_and(|all| all.iter().any(|address| std::net::IpAddr::V4(*address) == ip))
+    });
+    here.then(|| SocketAddr::new(ip, 0))
 }
 
 /// Accepts one channel while `connect` makes its other end.

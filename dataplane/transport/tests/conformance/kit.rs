@@ -26,7 +26,11 @@ pub(crate) trait Fabric: 'static {
     /// True if a Send waits for as long as it takes until a Recv is posted.
     const SEND_WAITS: bool;
 
-    /// `None` if this machine has none.
+    /// False if this machine has no device for it; then that has been said.
+    fn is_available() -> bool {
+        true
+    }
+
     fn pair(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>);
 }
 

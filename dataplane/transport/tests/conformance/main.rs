@@ -21,13 +21,20 @@ mod transfers;
 mod waking;
 
 macro_rules! suite {
-    ($($module:ident::{$($test:ident),* $(,)?};)*) => {
-        mod memory {
-            $($(#[test] fn $test() { crate::$module::$test::<crate::fabrics::Memory>(); })*)*
-        }
-        mod tcp {
-            $($(#[test] fn $test() { crate::$module::$test::<crate::fabrics::Tcp>(); })*)*
-        }
+    ($($module:ident::$tests:tt;)*) => {
+        mod memory { $(suite!(@tests Memory $module $tests);)* }
+        mod tcp { $(suite!(@tests Tcp $module $tests);)* }
+        mod verbs { $(suite!(@tests Verbs $module $tests);)* }
+    };
+    (@tests $fabric:ident $module:ident { $($test:ident),* $(,)? }) => {
+        $(
+            #[test]
+            fn $test() {
+                if <crate::fabrics::$fabric as crate::kit::Fabric>::is_available() {
+                    crate::$module::$test::<crate::fabrics::$fabric>();
+                }
+            }
+        )*
     };
 }
 

@@ -14,6 +14,9 @@ pub(crate) fn random_operations_agree_with_the_model<F: Fabric>() {
     }
 }
 
+/// Where bytes were placed, and which.
+type Placed = (usize, Vec<u8>);
+
 /// The server places into free slots and says so in a message; it fetches from memory that only the client writes, between
 /// fetches; both send messages, as far as the other has receives posted.
 fn run<F: Fabric>(seed: u64) {
@@ -26,7 +29,7 @@ fn run<F: Fabric>(seed: u64) {
     fetched.region().copy_in(0, &content).unwrap();
     let mut free: Vec<usize> = (0..SLOTS).collect();
     // What each side must receive, in order; and for Places, what must be in which slot by then.
-    let mut to_client: VecDeque<(Vec<u8>, Option<(usize, Vec<u8>)>)> = VecDeque::new();
+    let mut to_client: VecDeque<(Vec<u8>, Option<Placed>)> = VecDeque::new();
     let mut to_server: VecDeque<Vec<u8>> = VecDeque::new();
     let mut fetches: HashMap<u64, (usize, usize)> = HashMap::new();
     let mut operations = [0usize; 2];
