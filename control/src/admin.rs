@@ -3,6 +3,7 @@
 //! | asked | answered |
 //! |---|---|
 //! | `{"get":"gauges"}` | `{"control":{NAME:VALUE,…},"dataplane":{NAME:VALUE,…}}`; dataplane is `null` while it is away or silent |
+//! | `{"get":"control"}` | control's gauges alone, without asking dataplane |
 //! | `{"get":"health"}` | `{"control":"up","dataplane":"up"}` or `"down"` |
 //! | anything else | `{"error":"…"}` |
 
@@ -34,6 +35,7 @@ struct Question {
 #[serde(rename_all = "lowercase")]
 enum What {
     Gauges,
+    Control,
     Health,
 }
 
@@ -91,6 +93,7 @@ async fn connection(
                 let dataplane = dataplane(events).await;
                 json!({ "control": gauges.snapshot(), "dataplane": dataplane })
             }
+            Ok(Question { get: What::Control }) => json!(gauges.snapshot()),
             Ok(Question { get: What::Health }) => {
                 let linked = gauges.link_up.load(Relaxed) == 1;
                 json!({ "control": "up", "dataplane": if linked { "up" } else { "down" } })
