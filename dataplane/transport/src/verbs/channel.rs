@@ -249,10 +249,8 @@ fn outcome(status: Status, kind: Kind, bytes: usize) -> Result<usize, OperationE
         Status::Flushed => Err(OperationError::Flushed),
         Status::RemoteAccessError => Err(OperationError::RemoteAccess),
         Status::LocalLengthError => Err(OperationError::Length),
-        // Soft-RoCE reports a message that is too long to its receiver, too, as an invalid request.
-        Status::RemoteInvalidRequest if matches!(kind, Kind::Send | Kind::Recv) => {
-            Err(OperationError::Length)
-        }
+        LOC_QP_OP_ERR if kind == Kind::Recv => Err(OperationError::Length),
+        Status::RemoteInvalidRequest if kind == Kind::Send => Err(OperationError::Length),
         Status::RemoteInvalidRequest => Err(OperationError::RemoteAccess),
         Status::RetryExceeded => Err(OperationError::Unreachable),
         _ => Err(OperationError::Transport),

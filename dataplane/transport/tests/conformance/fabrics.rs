@@ -1,9 +1,12 @@
 //! The transports, and how the tests get at a pair of channels of each.
 
-use crate::kit::Fabric;
+use crate::kit::{Fabric, Listening};
 use holdfast_transport::{Channel, Listener, Setup, memory, tcp, verbs};
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
+
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) struct Memory;
 
@@ -28,10 +31,17 @@ impl Fabric for Tcp {
     const SEND_WAITS: bool = true;
 
     fn pair(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>) {
-        let listener = tcp::TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        accept(listener, server, |address| {
-            Box::new(tcp::connect(address, Duration::from_secs(10), client).unwrap())
-        })
+        accept::<Self>(client, server)
+    }
+}
+
+impl Listening for Tcp {
+    fn listen() -> Box<dyn Listener> {
+        Box::new(tcp::TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap())
+    }
+
+    fn connect(address: SocketAddr, setup: Setup) -> io::Result<Box<dyn Channel>> {
+        Ok(Box::new(tcp::connect(address, TIMEOUT, setup)?))
     }
 }
 
@@ -54,10 +64,17 @@ impl Fabric for Verbs {
     }
 
     fn pair(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>) {
-        let listener = verbs::VerbsListener::bind(rdma_address().unwrap()).unwrap();
-        accept(listener, server, |address| {
-            Box::new(verbs::connect(address, Duration::from_secs(10), client).unwrap())
-        })
+        accept::<Self>(client, server)
+    }
+}
+
+impl Listening for Verbs {
+    fn listen() -> Box<dyn Listener> {
+        Box::new(verbs::VerbsListener::bind(rdma_address().unwrap()).unwrap())
+    }
+
+    fn connect(address: SocketAddr, setup: Setup) -> io::Result<Box<dyn Channel>> {
+        Ok(Box::new(verbs::connect(address, TIMEOUT, setup)?))
     }
 }
 
@@ -72,16 +89,13 @@ pub(crate) fn rdma_address() -> Option<SocketAddr> {
     here.then(|| SocketAddr::new(ip, 0))
 }
 
-/// Accepts one channel while `connect` makes its other end.
-pub(crate) fn accept(
-    mut listener: impl Listener,
-    setup: Setup,
-    connect: impl FnOnce(SocketAddr) -> Box<dyn Channel>,
-) -> (Box<dyn Channel>, Box<dyn Channel>) {
+/// A listener's channel, and the one that was connected to it.
+fn accept<F: Listening>(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>) {
+    let mut listener = F::listen();
     let address = listener.address();
     std::thread::scope(|scope| {
-        let mut setup = Some(setup);
+        let mut setup = Some(server);
         let server = scope.spawn(move || listener.accept(&mut |_| setup.take()).unwrap());
-        (connect(address), server.join().unwrap())
+        (F::connect(address, client).unwrap(), server.join().unwrap())
     })
 }

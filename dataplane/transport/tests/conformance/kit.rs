@@ -3,12 +3,14 @@
 
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_transport::{
-    Armed, Channel, Completion, Kind, Operation, OperationError, Registration, RemoteAccess, Setup,
+    Armed, Channel, Completion, Kind, Listener, Operation, OperationError, Registration, RemoteAccess, Setup,
     SubmitError,
 };
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,6 +34,12 @@ pub(crate) trait Fabric: 'static {
     }
 
     fn pair(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>);
+}
+
+/// A transport that connects to where one listens.
+pub(crate) trait Listening: Fabric {
+    fn listen() -> Box<dyn Listener>;
+    fn connect(address: SocketAddr, setup: Setup) -> io::Result<Box<dyn Channel>>;
 }
 
 /// Sizes of both ends.

@@ -23,8 +23,17 @@ mod waking;
 macro_rules! suite {
     ($($module:ident::$tests:tt;)*) => {
         mod memory { $(suite!(@tests Memory $module $tests);)* }
-        mod tcp { $(suite!(@tests Tcp $module $tests);)* }
-        mod verbs { $(suite!(@tests Verbs $module $tests);)* }
+        mod tcp { $(suite!(@tests Tcp $module $tests);)* suite!(@listening Tcp); }
+        mod verbs { $(suite!(@tests Verbs $module $tests);)* suite!(@listening Verbs); }
+    };
+    (@listening $fabric:ident) => {
+        suite!(@tests $fabric listening {
+            a_stopper_ends_a_waiting_accept_for_ever,
+            who_is_turned_away_costs_nothing_and_the_next_is_served,
+            one_listener_serves_many_and_outlives_them,
+            nobody_there_is_an_error_soon,
+            setups_that_contradict_themselves_are_refused,
+        });
     };
     (@tests $fabric:ident $module:ident { $($test:ident),* $(,)? }) => {
         $(

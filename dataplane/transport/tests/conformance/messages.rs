@@ -93,9 +93,9 @@ pub(crate) fn a_message_longer_than_its_buffer_ends_the_channel<F: Fabric>() {
     long.send(7, &[9; 101]);
     drive(&mut [&mut long, &mut short], |ends| ends.iter().all(|end| end.has_ended()));
     drive(&mut [&mut short], |ends| ends[0].done.len() == 2);
-    assert_eq!(short.next().outcome.unwrap_err(), OperationError::Length);
-    assert_eq!(short.next().outcome.unwrap_err(), OperationError::Flushed);
     let why = short.channel.ended().unwrap();
+    assert_eq!(short.next().outcome.unwrap_err(), OperationError::Length, "{why:?}");
+    assert_eq!(short.next().outcome.unwrap_err(), OperationError::Flushed);
     assert!(matches!(why, ChannelError::Misbehaved(_)), "{why:?}");
     // Another channel between the same two is not concerned.
     server.recv(1);
