@@ -10,3 +10,5 @@
 pub mod config;
 pub mod engine;
 pub mod gauges;
+pub mod link;
+pub mod listeners;

@@ -197,7 +197,8 @@ impl Conn {
         }
         ByteRange::new(request.offset, u64::from(request.length)).map_err(|_| Status::BadRange)?;
         let inline = !request.payload.is_empty();
-        if !inline && request.region.part(0, request.length).is_none() {
+        let ends = request.region.address().checked_add(u64::from(request.length)).is_some();
+        if !inline && (!ends || request.region.part(0, request.length).is_none()) {
             return Err(Status::BadRegion);
         }
         let wanted = if request.ask == Ask::Read { Access::READ } else { Access::WRITE };

@@ -1,0 +1,108 @@
+//! The listeners: one thread each, that admits peers and hands their channels to the engine.
+
+use crate::config::{Config, Enabled, advertised};
+use crate::engine::Engine;
+use anyhow::Context;
+use holdfast_shared::wire::service::{Endpoint, TransportKind};
+use holdfast_transport::{Listener, tcp};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// A thread that accepts, and what ends it.
+struct Acceptor {
+    stop: Box<dyn Fn() + Send + Sync>,
+    thread: JoinHandle<()>,
+}
+
+/// All listeners of the process.
+#[derive(Default)]
+pub struct Listeners {
+    /// Where verbs listens.
+    pub verbs: Vec<SocketAddr>,
+    /// Where tcp listens.
+    pub tcp: Option<SocketAddr>,
+    waiting: Vec<Box<dyn Listener>>,
+    running: Vec<Acceptor>,
+}
+
+impl Listeners {
+    /// Listens wherever the configuration says.
+    ///
+    /// # Errors
+    /// An address that can't be had; no RDMA device when verbs is `on`; nowhere to listen at all.
+    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+        let mut all = Self::default();
+        match config.verbs.enabled {
+            Enabled::Off => {}
+            enabled => {
+                if let Err(error) = all.bind_verbs(config) {
+                    if enabled == Enabled::On {
+                        return Err(error);
+                    }
+                    tracing::info!(reason = format!("{error:#}"), "no verbs");
+                }
+            }
+        }
+        if config.tcp.enabled {
+            let listener = tcp::TcpListener::bind(config.tcp.listen)
+                .with_context(|| format!("cannot listen on tcp {}", config.tcp.listen))?;
+            all.tcp = Some(listener.address());
+            all.waiting.push(Box::new(listener));
+        }
+        anyhow::ensure!(!all.waiting.is_empty(), "there is nowhere to listen: neither tcp nor verbs");
+        Ok(all)
+    }
+
+    fn bind_verbs(&mut self, config: &Config) -> anyhow::Result<()> {
+        let _ = config;
+        anyhow::bail!("this build has no verbs listener")
+    }
+
+    /// What the service blob says, best first.
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        let endpoint = |transport, address: SocketAddr| Endpoint {
+            transport,
+            address: advertised(address.ip()),
+            port: address.port(),
+        };
+        let verbs = self.verbs.iter().map(|address| endpoint(TransportKind::Verbs, *address));
+        verbs.chain(self.tcp.map(|address| endpoint(TransportKind::Tcp, address))).collect()
+    }
+
+    /// Starts accepting.
+    ///
+    /// # Errors
+    /// The kernel's, when a thread can't be had.
+    pub fn start(&mut self, engine: &Arc<Engine>) -> anyhow::Result<()> {
+        for (n, mut listener) in self.waiting.drain(..).enumerate() {
+            let engine = Arc::clone(engine);
+            let stop = listener.stopper();
+            let address = listener.address();
+            let thread = std::thread::Builder::new().name(format!("accept-{n}")).spawn(move || {
+                loop {
+                    match listener.accept(&mut |_| engine.setup()) {
+                        Ok(channel) => engine.adopt(channel),
+                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return,
+                        Err(error) => {
+                            tracing::error!(%address, %error, "listening has ended");
+                            return;
+                        }
+                    }
+                }
+            })?;
+            self.running.push(Acceptor { stop, thread });
+        }
+        Ok(())
+    }
+
+    /// Stops accepting. Idempotent.
+    pub fn stop(&mut self) {
+        for Acceptor { stop, thread } in self.running.drain(..) {
+            stop();
+            if thread.join().is_err() {
+                tracing::error!("an acceptor had panicked");
+            }
+        }
+    }
+}

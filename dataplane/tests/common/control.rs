@@ -1,0 +1,188 @@
+//! A control in memory.
+
+use holdfast_dataplane::engine::{ControlPort, Engine, Redemption, Ticket};
+use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, MacPolicy, Secret};
+use holdfast_shared::types::{Access, HandleId, OpenId, Status, VolumeId};
+use holdfast_shared::wire::link::{Fence, Grant, LinkBinding, Redeem, RedeemResult};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+
+/// An open that control knows.
+#[derive(Clone)]
+pub struct Open {
+    pub key: Vec<u8>,
+    pub secret: BindSecret,
+    pub challenge: [u8; 32],
+    pub volume: VolumeId,
+    pub id: OpenId,
+    pub access: Access,
+    pub policy: MacPolicy,
+    pub file: Arc<File>,
+}
+
+impl Open {
+    pub fn content(&self) -> Vec<u8> {
+        use std::os::unix::fs::FileExt;
+        let mut data = vec![0; usize::try_from(self.file.metadata().unwrap().len()).unwrap()];
+        self.file.read_exact_at(&mut data, 0).unwrap();
+        data
+    }
+}
+
+/// What the engine told control.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    Fenced(Fence),
+    Released(LinkBinding),
+}
+
+pub struct FakeControl {
+    engine: OnceLock<Weak<Engine>>,
+    opens: Mutex<Vec<Open>>,
+    told: Mutex<Vec<Told>>,
+    granted: Mutex<Vec<LinkBinding>>,
+    next: AtomicU64,
+    pub registration: AtomicU64,
+    pub away: AtomicBool,
+    /// Binds are left unanswered.
+    pub silent: AtomicBool,
+}
+
+impl FakeControl {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            engine: OnceLock::new(),
+            opens: Mutex::default(),
+            told: Mutex::default(),
+            granted: Mutex::default(),
+            next: AtomicU64::new(1),
+            registration: AtomicU64::new(1),
+            away: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
+        })
+    }
+
+    pub fn attach(&self, engine: &Arc<Engine>) {
+        self.engine.set(Arc::downgrade(engine)).unwrap();
+    }
+
+    pub fn open(&self, content: &[u8], access: Access, policy: MacPolicy) -> Open {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        self.open_file(file, access, policy)
+    }
+
+    pub fn open_file(&self, file: File, access: Access, policy: MacPolicy) -> Open {
+        let n = self.next.fetch_add(1, Ordering::Relaxed);
+        let mark = u8::try_from(n).unwrap();
+        let open = Open {
+            key: format!("resume key {n}").into_bytes(),
+            secret: BindSecret::new(Secret::new([mark; 32])),
+            challenge: [mark ^ 0xff; 32],
+            volume: VolumeId([1; 16]),
+            id: OpenId([mark; 16]),
+            access,
+            policy,
+            file: Arc::new(file),
+        };
+        self.opens.lock().unwrap().push(open.clone());
+        open
+    }
+
+    /// The newest binding granted.
+    pub fn last(&self) -> LinkBinding {
+        *self.granted.lock().unwrap().last().unwrap()
+    }
+
+    pub fn told(&self) -> Vec<Told> {
+        self.told.lock().unwrap().clone()
+    }
+
+    /// Every binding granted was given back, once.
+    pub fn all_released(&self) -> bool {
+        let mut back: Vec<_> = self
+            .told()
+            .iter()
+            .map(|told| match told {
+                Told::Fenced(fence) => fence.binding,
+                Told::Released(binding) => *binding,
+            })
+            .collect();
+        let mut granted = self.granted.lock().unwrap().clone();
+        back.sort_unstable();
+        granted.sort_unstable();
+        back == granted
+    }
+
+    fn judge(&self, redeem: &Redeem) -> (RedeemResult, Option<OwnedFd>) {
+        let opens = self.opens.lock().unwrap();
+        let refused = |status| (RedeemResult::Refused(status), None);
+        let Some(open) = opens.iter().find(|open| open.key == redeem.resume_key) else {
+            return refused(Status::BadKey);
+        };
+        let transcript = BindTranscript {
+            channel: &redeem.channel,
+            server_nonce: &redeem.server_nonce,
+            open_challenge: &open.challenge,
+            client_challenge: &redeem.client_challenge,
+            resume_key: &redeem.resume_key,
+            volume: open.volume,
+            access: redeem.access,
+            policy: redeem.policy,
+        }
+        .digest();
+        if !open.secret.client_proof_is_right(&transcript, &redeem.proof) || redeem.policy != open.policy {
+            return refused(Status::BadKey);
+        }
+        if !open.access.contains(redeem.access) {
+            return refused(Status::AccessDenied);
+        }
+        let n = self.next.fetch_add(1, Ordering::Relaxed);
+        let handle = HandleId([u8::try_from(n & 0xff).unwrap(); 16]);
+        let answer =
+            BindAnswer { handle, epoch: 5, access: redeem.access, policy: open.policy }.digest(&transcript);
+        let binding = LinkBinding(n);
+        self.granted.lock().unwrap().push(binding);
+        let grant = Grant {
+            binding,
+            open: open.id,
+            handle,
+            epoch: 5,
+            access: redeem.access,
+            policy: open.policy,
+            proof: open.secret.server_proof(&answer),
+            keys: open.secret.channel_keys(&answer),
+        };
+        (RedeemResult::Granted(Box::new(grant)), Some(open.file.try_clone().unwrap().into()))
+    }
+}
+
+impl ControlPort for FakeControl {
+    fn redeem(&self, ticket: Ticket, redeem: Redeem) -> Result<(), Status> {
+        if self.away.load(Ordering::SeqCst) {
+            return Err(Status::Unavailable);
+        }
+        if self.silent.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let (result, fd) = self.judge(&redeem);
+        let registration = self.registration.load(Ordering::SeqCst);
+        if let Some(engine) = self.engine.get().and_then(Weak::upgrade) {
+            engine.redeemed(Redemption { ticket, registration, result, fd });
+            // The last reference must not be dropped by a worker, which it would wait for.
+            std::mem::forget(engine);
+        }
+        Ok(())
+    }
+
+    fn fenced(&self, _registration: u64, fence: Fence) {
+        self.told.lock().unwrap().push(Told::Fenced(fence));
+    }
+
+    fn released(&self, _registration: u64, binding: LinkBinding) {
+        self.told.lock().unwrap().push(Told::Released(binding));
+    }
+}
