@@ -16,6 +16,7 @@ mod life;
 mod listening;
 mod messages;
 mod model;
+mod processes;
 mod refusals;
 mod transfers;
 mod waking;
@@ -34,6 +35,12 @@ macro_rules! suite {
             nobody_there_is_an_error_soon,
             setups_that_contradict_themselves_are_refused,
         });
+        suite!(@tests $fabric processes { a_killed_process_is_noticed_and_leaves_nothing_behind });
+        #[test]
+        #[ignore = "a part of another test, in a process of its own"]
+        fn the_other_process() {
+            crate::processes::other_process::<crate::fabrics::$fabric>();
+        }
     };
     (@tests $fabric:ident $module:ident { $($test:ident),* $(,)? }) => {
         $(
