@@ -1,5 +1,7 @@
 //! Opens bound by a dataplane: what is granted, what is refused, and when an open is over.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::Server;

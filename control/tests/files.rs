@@ -1,5 +1,7 @@
 //! Opens and names, as a client sees them.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::Server;

@@ -1,5 +1,7 @@
 //! Peers that are nobody, talk nonsense, or nothing at all; start and stop.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::client::{Client, hello, open, receive, send_frame};
@@ -155,7 +157,7 @@ async fn it_stops_cleanly_and_starts_again() {
     assert!(client.receive().await.is_none());
     server.restart();
     serves(&server).await;
-    // Nothing sleeps and wakes while nobody asks: no context switch, no CPU time.
+    // While nobody asks, nothing runs.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let ticks = |server: &Server| {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.pid())).unwrap();

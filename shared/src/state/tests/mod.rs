@@ -1,0 +1,6 @@
+//! The authority against its rules. Every step of every test ends with a check of the invariants.
+
+mod binds;
+mod model;
+mod opens;
+mod world;
