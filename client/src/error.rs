@@ -63,9 +63,12 @@ pub enum Ended {
     /// The server said why before it closed.
     #[error("the server ended it: {0}")]
     Notice(Status),
-    /// A frame's MAC, sequence or form was wrong: somebody tampered, or the server is faulty.
+    /// The server, or somebody on the way, sent what the protocol does not allow.
     #[error("the server, or somebody on the way, broke the protocol: {0}")]
     Misbehaved(&'static str),
+    /// A frame's MAC or sequence number was wrong: frames were lost, repeated or changed on the way.
+    #[error("a frame's MAC or sequence is wrong")]
+    BadMac,
     /// The server's proof was wrong: it is not the server that issued the resume key.
     #[error("the server's proof is wrong: it is not the server that issued the key")]
     BadProof,
@@ -162,6 +165,7 @@ impl Error {
             Self::Refused(refusal) => Some(refusal.status),
             Self::Ended { why: Ended::Notice(status), .. } => Some(*status),
             Self::Ended { why: Ended::BadProof, .. } => Some(Status::BadProof),
+            Self::Ended { why: Ended::BadMac, .. } => Some(Status::BadMac),
             Self::Ended { why: Ended::Misbehaved(_), .. } | Self::Misbehaved(_) => Some(Status::Protocol),
             Self::TimedOut { .. } => Some(Status::TimedOut),
             _ => None,

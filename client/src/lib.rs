@@ -9,16 +9,25 @@
 //! * An [`Open`] is the server's object: one granted access to one file.
 //! * A file's bytes never pass through the control connection.
 
+mod bind;
+mod binding;
+mod channel;
 mod config;
+mod endpoint;
 mod error;
 mod open;
+mod region;
 mod requests;
 mod session;
+pub mod stream;
 mod tls;
 
+pub use binding::Binding;
+pub use channel::{DataChannel, InFlight};
 pub use config::{Config, Tls, Transport};
 pub use error::{Ended, Error, Refusal, Result};
 pub use open::{Open, OpenOptions};
+pub use region::Region;
 pub use requests::{Changes, Listing};
 pub use session::Session;
 

@@ -1,0 +1,102 @@
+//! The future a caller waits on.
+//!
+//! It may be dropped at any time: the request's slot, its registration and its binding stay until the reply comes, so
+//! that memory is never freed, or withdrawn, under the device.
+
+use super::Shared;
+use super::request::Done;
+use super::state::index;
+use crate::error::{Error, Result};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+/// A request in flight, whatever it is.
+pub(crate) struct Reply {
+    channel: Arc<Shared>,
+    /// `None` once collected.
+    number: Option<u32>,
+}
+
+impl Reply {
+    pub(super) fn new(channel: Arc<Shared>, number: u32) -> Self {
+        Self { channel, number: Some(number) }
+    }
+
+    /// What it came to.
+    pub(crate) async fn outcome(mut self) -> Result<Done> {
+        std::future::poll_fn(|cx| self.poll_done(cx)).await
+    }
+
+    fn poll_done(&mut self, cx: &Context<'_>) -> Poll<Result<Done>> {
+        let Some(number) = self.number else {
+            return Poll::Ready(Err(Error::Internal("a reply was collected twice")));
+        };
+        let mut state = self.channel.state.lock();
+        let Some(slot) = state.slot(number) else {
+            return Poll::Ready(Err(Error::Internal("a request's slot is gone")));
+        };
+        let Some(outcome) = slot.outcome.take() else {
+            match &mut slot.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        };
+        state.slots.remove(index(number));
+        self.number = None;
+        Poll::Ready(outcome.map_err(Error::from))
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if let Some(number) = self.number.take() {
+            let mut state = self.channel.state.lock();
+            state.abandon(number);
+            // An abandoned bind may have succeeded already: its binding is given back.
+            if !state.unbinds.is_empty() {
+                state.drain(&self.channel.credits);
+            }
+        }
+    }
+}
+
+/// A read or write in flight; resolves to the number of bytes moved.
+///
+/// It makes progress whether it is polled or not. Dropping it does not call the request back: the server may still
+/// read from, or write to, the range that was named until it has answered.
+#[must_use = "what a request came to should be looked at"]
+pub struct InFlight {
+    reply: Option<Reply>,
+}
+
+impl InFlight {
+    pub(crate) fn new(reply: Reply) -> Self {
+        Self { reply: Some(reply) }
+    }
+
+    /// A request for no bytes, which needs no server.
+    pub(crate) fn nothing() -> Self {
+        Self { reply: None }
+    }
+}
+
+impl Future for InFlight {
+    type Output = Result<usize>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(reply) = &mut self.reply else { return Poll::Ready(Ok(0)) };
+        reply.poll_done(cx).map(|done| match done? {
+            Done::Counted(count) => Ok(count as usize),
+            Done::Bound(_) => Err(Error::Internal("a read was answered as a bind")),
+        })
+    }
+}
+
+impl std::fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InFlight").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,273 @@
+//! [`DataChannel`]: one data connection, shared by many bindings and many requests at once.
+//!
+//! ```text
+//!  caller's future ── credit ─► lock ─ frame ─► Channel::submit ─► wire
+//!        ▲                       │ slot[request] = purpose, waker, what the device may touch
+//!        └── outcome ◄── slot ◄──┴── drain: poll until nothing, then arm ◄── driver task ◄── wake descriptor
+//! ```
+//!
+//! | file | holds |
+//! |---|---|
+//! | `mod` | connecting, credits, submitting |
+//! | `request` | what can be asked, and how it becomes a frame |
+//! | `state` | what the lock guards: slots, sequence numbers, the transport; draining it; its end |
+//! | `reply` | what arrives: checked, and matched with its slot |
+//! | `in_flight` | the future a caller waits on; what happens when it is dropped |
+//! | `driver` | the task that sleeps on the wake descriptor |
+//!
+//! Whoever drains follows the transport's rule under the lock: poll until it yields nothing, arm, and repeat if
+//! that says something came meanwhile. So whenever the lock is free, the transport is armed, and the next event
+//! makes an edge on the wake descriptor, on which the driver always waits: no wake-up is lost.
+
+mod driver;
+mod in_flight;
+mod reply;
+pub(crate) mod request;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use in_flight::InFlight;
+
+use crate::bind::BindingCore;
+use crate::error::{Ended, Error, Result};
+use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::types::{FRAME_BYTES_MAX, INLINE_BYTES_MAX};
+use holdfast_shared::wire::service::TransportKind;
+use holdfast_transport::{Capabilities, Channel, Registrar, Setup};
+use holdfast_verbs::memory::Pool;
+use in_flight::Reply;
+use parking_lot::Mutex;
+use request::{Purpose, Request};
+use state::{Sent, State};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+use tokio::sync::{Semaphore, oneshot};
+
+/// Longest frame a server sends: a bind reply is 168 bytes.
+const REPLY_BYTES: usize = 512;
+/// Receives posted beyond the credits, for frames the server sends unasked.
+const NOTICES: usize = 16;
+/// Send buffers beyond the credits: a reply may overtake the completion of its own request.
+const SENDS_BEHIND: usize = 64;
+/// Bounce regions of one channel: sealed writes under way.
+const BOUNCES_MAX: usize = 8;
+
+/// What the server said about the channel in its hello.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Facts {
+    pub(crate) instance: [u8; 16],
+    pub(crate) inline_max: usize,
+    pub(crate) transfer_max: u32,
+    pub(crate) sealed_transfer_max: u32,
+    pub(crate) bindings_max: u16,
+}
+
+/// One data connection to a data plane. Cheap to clone; it ends with [`DataChannel::close`], or when the last clone,
+/// binding and request under way are gone.
+#[derive(Clone)]
+pub struct DataChannel {
+    pub(crate) shared: Arc<Shared>,
+    fallback: Option<Arc<str>>,
+}
+
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    /// Requests that may still be put in flight. Fair: first come, first served.
+    pub(crate) credits: Semaphore,
+    pub(crate) bind_turn: Arc<Semaphore>,
+    pub(crate) bounces: Arc<Semaphore>,
+    pub(crate) idle_bounces: Arc<Mutex<Vec<crate::Region>>>,
+    pub(crate) registrar: Arc<dyn Registrar>,
+    pub(crate) identity: ChannelIdentity,
+    pub(crate) facts: Facts,
+    capabilities: Capabilities,
+    peer: SocketAddr,
+    /// Dropped with the channel: the driver ends.
+    _driver: oneshot::Sender<()>,
+}
+
+/// What a transport needs to connect, and the pool that frames to be sent are built in.
+pub(crate) struct Prepared {
+    pub(crate) setup: Setup,
+    pub(crate) frames: Pool,
+}
+
+/// Buffers for a channel with so many requests in flight at most.
+pub(crate) fn prepare(in_flight_max: u16) -> Result<Prepared> {
+    let count = usize::from(in_flight_max);
+    let no_memory = |error| Error::io("cannot allocate message buffers", error);
+    let frames = Pool::new(FRAME_BYTES_MAX, count + SENDS_BEHIND).map_err(no_memory)?;
+    let replies = Pool::new(REPLY_BYTES, count + NOTICES).map_err(no_memory)?;
+    let receives: Vec<_> = (0..).zip(std::iter::from_fn(|| replies.take())).collect();
+    let setup = Setup {
+        depth: count + SENDS_BEHIND,
+        receives_max: count + NOTICES,
+        pools: vec![frames.clone(), replies],
+        receives,
+    };
+    Ok(Prepared { setup, frames })
+}
+
+impl DataChannel {
+    /// Takes over a connected transport: waits for the server's hello, and starts the driver.
+    pub(crate) async fn start(
+        channel: Box<dyn Channel>,
+        frames: Pool,
+        in_flight_max: u16,
+        wait_max: Duration,
+    ) -> Result<Self> {
+        let wake = driver::Wake::new(&*channel)?;
+        let mut state = State::new(channel, frames, usize::from(in_flight_max));
+        let (facts, credits) = tokio::time::timeout(wait_max, wake.hello(&mut state))
+            .await
+            .map_err(|_| Error::TimedOut { what: "the data plane's hello", after: wait_max })??;
+        let (stop, stopped) = oneshot::channel();
+        let shared = Arc::new(Shared {
+            registrar: state.channel.registrar(),
+            identity: state.channel.identity().clone(),
+            capabilities: state.channel.capabilities(),
+            peer: state.channel.peer(),
+            state: Mutex::new(state),
+            credits: Semaphore::new(credits),
+            bind_turn: Arc::new(Semaphore::new(1)),
+            bounces: Arc::new(Semaphore::new(BOUNCES_MAX)),
+            idle_bounces: Arc::new(Mutex::new(Vec::new())),
+            facts,
+            _driver: stop,
+        });
+        wake.drive(&shared, stopped);
+        Ok(Self { shared, fallback: None })
+    }
+
+    pub(crate) fn with_fallback(mut self, reason: Option<String>) -> Self {
+        self.fallback = reason.map(Into::into);
+        self
+    }
+
+    /// Which transport carries it.
+    pub fn transport(&self) -> TransportKind {
+        self.shared.identity.transport
+    }
+
+    /// Why it is not verbs, if the transport was chosen automatically and verbs could not be had.
+    pub fn fallback_reason(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// The data plane's address.
+    pub fn peer(&self) -> SocketAddr {
+        self.shared.peer
+    }
+
+    /// What the transport can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.shared.capabilities
+    }
+
+    /// Longest piece that one request moves, bytes; longer reads and writes are split.
+    pub fn transfer_max(&self) -> u32 {
+        self.shared.facts.transfer_max
+    }
+
+    /// Bindings the channel may have at once.
+    pub fn bindings_max(&self) -> u16 {
+        self.shared.facts.bindings_max
+    }
+
+    /// Requests that may be in flight at once at the moment, as granted by the server.
+    pub fn credits(&self) -> usize {
+        self.shared.state.lock().credits_total()
+    }
+
+    /// Why it has ended, if it has.
+    pub fn ended(&self) -> Option<Ended> {
+        self.shared.state.lock().ended.clone()
+    }
+
+    /// Ends it, for every clone and binding: the device is cut off from all regions before this returns, and
+    /// requests under way fail.
+    pub fn close(&self) {
+        self.shared.state.lock().fail(Ended::Closed, &self.shared.credits);
+    }
+}
+
+impl Shared {
+    /// The error of whoever comes too late.
+    pub(crate) fn ended(&self) -> Error {
+        Error::channel(self.state.lock().ended.clone().unwrap_or(Ended::Closed))
+    }
+
+    pub(crate) fn nonce(&self) -> [u8; 32] {
+        self.state.lock().nonce
+    }
+
+    /// Puts a request in flight: waits for a credit and for room, then submits under the lock, from this very task.
+    pub(crate) async fn submit(
+        self: &Arc<Self>,
+        binding: Option<&Arc<BindingCore>>,
+        request: Request<'_>,
+        purpose: Purpose,
+    ) -> Result<Reply> {
+        let credit = self.credits.acquire().await.map_err(|_| self.ended())?;
+        let mut purpose = Some(purpose);
+        let number = std::future::poll_fn(|cx| {
+            if let Some(status) = binding.and_then(|binding| binding.fenced()) {
+                return Poll::Ready(Err(Error::refused(status)));
+            }
+            let mut state = self.state.lock();
+            let sent = state.send(binding, &request, &mut purpose);
+            if matches!(sent, Ok(Sent::NoRoom)) {
+                state.room.push(cx.waker().clone());
+            }
+            // Pushes the frame out; and makes room, if there was none.
+            state.drain(&self.credits);
+            match sent {
+                Ok(Sent::Number(number)) => Poll::Ready(Ok(number)),
+                Ok(Sent::NoRoom) => Poll::Pending,
+                Err(error) => Poll::Ready(Err(error)),
+            }
+        })
+        .await?;
+        // The reply gives it back.
+        credit.forget();
+        Ok(Reply::new(Arc::clone(self), number))
+    }
+
+    /// Gives a binding back without waiting, as soon as a credit is free.
+    pub(crate) fn unbind_later(&self, binding: Arc<BindingCore>) {
+        let mut state = self.state.lock();
+        state.unbinds.push_back(binding);
+        state.drain(&self.credits);
+    }
+
+    /// Longest piece of one request under a policy.
+    pub(crate) fn piece_max(&self, covers_payload: bool) -> usize {
+        let facts = &self.facts;
+        let max = if covers_payload { facts.sealed_transfer_max } else { facts.transfer_max };
+        (max as usize).min(self.capabilities.transfer_bytes_max).max(1)
+    }
+
+    /// Longest write that travels inside its request.
+    pub(crate) fn inline_max(&self) -> usize {
+        self.facts.inline_max.min(INLINE_BYTES_MAX)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Cuts the device off before slots, and with them registrations, go.
+        self.state.get_mut().fail(Ended::Closed, &self.credits);
+    }
+}
+
+impl std::fmt::Debug for DataChannel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DataChannel")
+            .field("transport", &self.transport())
+            .field("peer", &self.peer())
+            .finish_non_exhaustive()
+    }
+}

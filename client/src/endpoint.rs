@@ -1,0 +1,131 @@
+//! Which data plane endpoint a client connects to, and why.
+//!
+//! ```text
+//!   auto:   verbs endpoints, if this host has an RDMA device ──failed: remember why──► tcp endpoints
+//!   verbs:  verbs endpoints or an error        tcp: tcp endpoints or an error
+//! ```
+
+use crate::channel::{self, DataChannel};
+use crate::config::Transport;
+use crate::error::{Error, Result};
+use crate::open::Open;
+use holdfast_shared::types::Status;
+use holdfast_shared::wire::data;
+use holdfast_shared::wire::service::{Endpoint, ServiceBlob, TransportKind};
+use holdfast_transport::{Channel, tcp, verbs};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+/// Between two attempts to reach a data plane that is away.
+const AGAIN: Duration = Duration::from_millis(200);
+
+impl Open {
+    /// Connects a data channel to a data plane that serves this open; the channel may carry bindings of other opens of
+    /// the same server too. While no data plane is there, tries again for as long as a connection may take.
+    ///
+    /// # Errors
+    /// [`Status::Unavailable`] if there is no data plane; else why the last endpoint could not be reached.
+    pub async fn connect(&self, transport: Transport) -> Result<DataChannel> {
+        let deadline = Instant::now() + self.session().config().connect_max();
+        loop {
+            let error = match self.connect_once(transport).await {
+                Ok(channel) => return Ok(channel),
+                Err(error) => error,
+            };
+            let may_pass = matches!(error, Error::Io { .. } | Error::Ended { .. })
+                || error.status() == Some(Status::Unavailable);
+            // Verbs that cannot be had does not come by waiting.
+            if !may_pass || transport == Transport::Verbs || Instant::now() + AGAIN > deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(AGAIN).await;
+            self.query_key().await?;
+        }
+    }
+
+    async fn connect_once(&self, transport: Transport) -> Result<DataChannel> {
+        let grant = self.grant();
+        if grant.service_blob.is_empty() {
+            return Err(Error::refused(Status::Unavailable));
+        }
+        let blob = ServiceBlob::decode(&grant.service_blob).map_err(|e| Error::Misbehaved(e.to_string()))?;
+        if !(blob.version_min..=blob.version_max).contains(&data::VERSION) {
+            return Err(Error::Incompatible(format!(
+                "the data plane speaks versions {} to {}, this client {}",
+                blob.version_min,
+                blob.version_max,
+                data::VERSION
+            )));
+        }
+        let mut why_not_verbs = None;
+        if transport != Transport::Tcp {
+            match self.try_all(&blob, TransportKind::Verbs).await {
+                Ok(channel) => return Ok(channel),
+                Err(error) if transport == Transport::Verbs => return Err(error),
+                Err(error) => why_not_verbs = Some(error.to_string()),
+            }
+        }
+        match self.try_all(&blob, TransportKind::Tcp).await {
+            Ok(channel) => Ok(channel.with_fallback(why_not_verbs)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Tries the endpoints of one transport in the server's order.
+    async fn try_all(&self, blob: &ServiceBlob, kind: TransportKind) -> Result<DataChannel> {
+        if kind == TransportKind::Verbs {
+            local_rdma()?;
+        }
+        let mut last = Error::Usage(format!("the server offers no {} endpoint", kind.name()));
+        for endpoint in blob.endpoints.iter().filter(|endpoint| endpoint.transport == kind) {
+            match self.try_one(blob, endpoint).await {
+                Ok(channel) => return Ok(channel),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn try_one(&self, blob: &ServiceBlob, endpoint: &Endpoint) -> Result<DataChannel> {
+        let address = self.address(endpoint)?;
+        let config = self.session().config();
+        let (wait_max, in_flight_max) = (config.connect_max(), config.in_flight_max);
+        let prepared = channel::prepare(in_flight_max)?;
+        let (kind, setup, frames) = (endpoint.transport, prepared.setup, prepared.frames);
+        let connected = tokio::task::spawn_blocking(move || -> std::io::Result<Box<dyn Channel>> {
+            Ok(match kind {
+                TransportKind::Verbs => Box::new(verbs::connect(address, wait_max, setup)?),
+                _ => Box::new(tcp::connect(address, wait_max, setup)?),
+            })
+        });
+        let transport =
+            connected.await.map_err(|_| Error::Internal("connecting panicked"))?.map_err(|e| {
+                Error::io(format!("cannot reach the data plane at {address} over {}", kind.name()), e)
+            })?;
+        let channel = DataChannel::start(transport, frames, in_flight_max, wait_max).await?;
+        if channel.shared.facts.instance != blob.instance {
+            // It restarted since control told us: ask again.
+            return Err(Error::refused(Status::Unavailable));
+        }
+        Ok(channel)
+    }
+
+    fn address(&self, endpoint: &Endpoint) -> Result<SocketAddr> {
+        let ip = match &endpoint.address {
+            None => self.session().server().ip(),
+            Some(text) => text
+                .parse::<IpAddr>()
+                .map_err(|_| Error::Misbehaved(format!("'{text}' in the service blob is not an address")))?,
+        };
+        Ok(SocketAddr::new(ip, endpoint.port))
+    }
+}
+
+/// An error that says why this host cannot use verbs, if it cannot.
+fn local_rdma() -> Result<()> {
+    match holdfast_verbs::Device::list() {
+        Ok(devices) if devices.is_empty() => Err(Error::Usage("this host has no RDMA device".into())),
+        Ok(_) => Ok(()),
+        Err(error) => Err(Error::Usage(format!("the RDMA devices of this host cannot be used: {error}"))),
+    }
+}
