@@ -45,6 +45,13 @@ pub mod pem {
 }
 
 /// Bytes nobody can guess.
+///
+/// # Errors
+/// If the system gives none.
+pub fn random_bytes<const N: usize>() -> Result<[u8; N]> {
+    random()
+}
+
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Error::Internal("the system gives no randomness"))?;

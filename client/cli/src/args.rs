@@ -3,7 +3,7 @@
 use crate::remote::Remote;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use holdfast_client::{Config, Session};
+use holdfast_client::{Config, Session, Transport};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -52,6 +52,9 @@ pub(crate) enum Command {
     Init(Init),
     Cert(Cert),
     Serve(Serve),
+    Cp(Copy),
+    Cat(Cat),
+    Doctor(Doctor),
     Ls(Ls),
     Stat(Stat),
     Mkdir(Mkdir),
@@ -78,6 +81,8 @@ impl Cli {
     pub(crate) fn json_errors(&self) -> bool {
         match &self.command {
             Command::Serve(a) => a.json,
+            Command::Cp(a) => a.json,
+            Command::Doctor(a) => a.json,
             Command::Ls(a) => a.json,
             Command::Stat(a) => a.json,
             Command::Df(a) => a.json,
@@ -145,6 +150,82 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "DIR")]
     pub(crate) bin_dir: Option<PathBuf>,
     /// Tell readiness as JSON lines
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Copy files and trees to or from a volume
+///
+/// A file gets its name only when it is complete and flushed. Permission bits and modification times are kept, symbolic
+/// links copied as links (with -r), special files skipped with a warning. Into a directory that exists, a source is
+/// copied under its own name.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast cp a.db data:/backup/
+  holdfast cp -r ./tree data:/tree --depth 16
+  holdfast cp -r data:/tree /tmp/out --transport tcp --json")]
+pub(crate) struct Copy {
+    /// SRC... DST; remote ones are VOLUME:/path
+    #[arg(required = true, num_args = 2.., value_name = "PATH")]
+    pub(crate) paths: Vec<String>,
+    /// Directories and all that is in them
+    #[arg(short, long)]
+    pub(crate) recursive: bool,
+    /// How bytes travel: auto, verbs or tcp [default: the configuration's]
+    #[arg(long)]
+    pub(crate) transport: Option<Transport>,
+    /// Chunks of one file in flight
+    #[arg(long, default_value = "8", value_parser = parse_count, value_name = "N")]
+    pub(crate) depth: usize,
+    /// Bytes in one chunk [default: up to 1 MiB, so that all take 64 MiB]
+    #[arg(long, value_parser = parse_chunk, value_name = "BYTES")]
+    pub(crate) chunk: Option<usize>,
+    /// Files under way at once
+    #[arg(long, default_value = "4", value_parser = parse_count, value_name = "N")]
+    pub(crate) parallel: usize,
+    /// Do not wait until each file is on the disk
+    #[arg(long)]
+    pub(crate) no_flush: bool,
+    /// A JSON summary, and no progress bar
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| (1..=1024).contains(count)).ok_or_else(|| "1 to 1024".into())
+}
+
+fn parse_chunk(text: &str) -> Result<usize, String> {
+    let range = 4096..=64 << 20;
+    text.parse().ok().filter(|bytes| range.contains(bytes)).ok_or_else(|| "4096 to 67108864 bytes".into())
+}
+
+/// Write files to standard output, one after the other
+#[derive(Args, Debug)]
+#[command(after_help = "Example:
+  holdfast cat data:/log/a data:/log/b | less")]
+pub(crate) struct Cat {
+    /// VOLUME:/path
+    #[arg(required = true)]
+    pub(crate) paths: Vec<Remote>,
+    /// How bytes travel: auto, verbs or tcp [default: the configuration's]
+    #[arg(long)]
+    pub(crate) transport: Option<Transport>,
+}
+
+/// Tell whether RDMA is in use, and if not, why
+///
+/// Looks at this host's RDMA devices and limits, connects to the server, binds a data channel and moves a few bytes as any
+/// client would. With --dir, on the server's host, shows what both server processes hold.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  holdfast doctor
+  holdfast doctor --dir /srv/holdfast --json")]
+pub(crate) struct Doctor {
+    /// The server's directory, as given to `init`; its client.toml is used unless --config is given
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// One JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

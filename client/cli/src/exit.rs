@@ -50,8 +50,14 @@ fn code(error: &anyhow::Error) -> u8 {
     }
 }
 
+/// True if the connection is gone: nothing more will succeed.
+pub(crate) fn is_connection(error: &anyhow::Error) -> bool {
+    error.chain().any(|e| matches!(e.downcast_ref::<Error>(), Some(Error::Ended { .. })))
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    let broken = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().any(|e| e.downcast_ref().is_some_and(broken))
 }
 
 #[cfg(test)]

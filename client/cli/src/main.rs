@@ -8,7 +8,10 @@
 //! ```
 
 mod args;
+mod cat;
 mod cert;
+mod copy;
+mod doctor;
 mod exit;
 mod init;
 mod names;
@@ -51,6 +54,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Init(init) => init::run(&init),
         Command::Cert(cert) => cert::run(&cert),
         Command::Serve(serve) => serve::run(&serve).await,
+        Command::Cp(copy) => copy::run(&connection, &copy).await,
+        Command::Cat(cat) => cat::run(&connection, &cat).await,
+        Command::Doctor(doctor) => doctor::run(&connection, &doctor).await,
         Command::Ls(ls) => names::ls(&connection, &ls).await,
         Command::Stat(stat) => names::stat(&connection, &stat).await,
         Command::Mkdir(mkdir) => names::mkdir(&connection, &mkdir).await,

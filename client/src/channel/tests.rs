@@ -47,10 +47,13 @@ struct Server {
     received: u64,
     keys: HashMap<u32, ChannelKeys>,
     waiting: VecDeque<(u32, u32, Todo)>,
-    fetches: HashMap<u64, (u32, u32, u64, [u8; 16], Option<u64>)>,
+    fetches: HashMap<u64, Fetching>,
     next_token: u64,
     file: Vec<u8>,
 }
+
+/// Binding, request, offset, digest, and the sequence it was made with under a policy that has one.
+type Fetching = (u32, u32, u64, [u8; 16], Option<u64>);
 
 enum Todo {
     Read(data::Io),
@@ -378,7 +381,7 @@ fn why(error: &Error) -> Option<Ended> {
 }
 
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|n| (n * 31 % 251) as u8).collect()
+    (0..length).map(|n| u8::try_from(n * 31 % 251).unwrap()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,258 @@
+//! `holdfast cp`: files and trees between this machine and volumes.
+//!
+//! ```text
+//!   plan: walks the sources, makes directories ──jobs (bounded)──► workers: several files at once, one channel
+//!                                                                   │ each: temporary name, bytes, flush,
+//!                                                                   │       mode and time, rename
+//!                                                                   ▼
+//!                                                                 tally, progress bar
+//! ```
+//!
+//! A file appears under its name only when it is complete and flushed: until then it is
+//! `.holdfast-<random>.part` beside it, and an interrupted copy removes that again.
+
+mod download;
+mod tally;
+mod upload;
+
+use crate::args::{Connection, Copy};
+use crate::exit::Partial;
+use crate::remote::Remote;
+use anyhow::{Context, bail};
+use holdfast_client::stream::Streamer;
+use holdfast_client::{DataChannel, Open, Session, Transport};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use tally::Tally;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, OnceCell, mpsc, watch};
+use tokio::task::JoinSet;
+
+/// Jobs planned ahead of the workers.
+const PLANNED_MAX: usize = 256;
+/// Memory for the chunks of all files under way, unless --chunk says otherwise.
+const CHUNKS_BYTES: usize = 64 << 20;
+const CHUNK_BYTES_MIN: usize = 64 << 10;
+const CHUNK_BYTES_MAX: usize = 1 << 20;
+
+/// What all workers share.
+struct Shared {
+    session: Session,
+    transport: Transport,
+    channel: OnceCell<DataChannel>,
+    tally: Tally,
+    flush: bool,
+    cancelled: watch::Receiver<bool>,
+}
+
+impl Shared {
+    /// The one data channel; connected when the first file needs it.
+    async fn channel(&self, open: &Open) -> anyhow::Result<&DataChannel> {
+        let channel = self.channel.get_or_try_init(|| open.connect(self.transport)).await?;
+        Ok(channel)
+    }
+
+    /// Runs a transfer unless the copy is interrupted; then its temporary file can be removed at once.
+    async fn unless_cancelled<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        let mut cancelled = self.cancelled.clone();
+        tokio::select! {
+            done = work => done,
+            _ = cancelled.wait_for(|yes| *yes) => bail!("interrupted"),
+        }
+    }
+
+    /// Reports what could not be copied and goes on, unless nothing more can be.
+    fn failed(&self, what: &str, error: &anyhow::Error) -> anyhow::Result<()> {
+        self.tally.failed(what, error);
+        let dead = self.channel.get().is_some_and(|channel| channel.ended().is_some());
+        if dead || *self.cancelled.borrow() || crate::exit::is_connection(error) {
+            bail!("the copy was given up: {error:#}");
+        }
+        Ok(())
+    }
+}
+
+/// One file to copy.
+enum Job {
+    Up(upload::File),
+    Down(download::File),
+}
+
+pub(crate) async fn run(connection: &Connection, args: &Copy) -> anyhow::Result<()> {
+    let way = direction(args)?;
+    let mut config = connection.load()?;
+    if let Some(transport) = args.transport {
+        config.transport = transport;
+    }
+    let session = Session::connect(&config).await?;
+    let (cancel, cancelled) = watch::channel(false);
+    let shared = Arc::new(Shared {
+        session,
+        transport: config.transport,
+        channel: OnceCell::new(),
+        tally: Tally::new(args.json),
+        flush: !args.no_flush,
+        cancelled,
+    });
+    let start = Instant::now();
+    let watch = tokio::spawn(on_interrupt(cancel));
+    let result = copy(&shared, args, way).await;
+    watch.abort();
+    shared.tally.finish();
+    if result.is_ok() {
+        shared.tally.report(args.json, shared.channel.get(), start.elapsed())?;
+    }
+    let (failed, total) = shared.tally.failures();
+    let session = shared.session.clone();
+    drop(shared);
+    session.close().await;
+    result?;
+    if failed > 0 {
+        return Err(Partial { failed, total }.into());
+    }
+    Ok(())
+}
+
+async fn on_interrupt(cancel: watch::Sender<bool>) {
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
+    tokio::select! { _ = interrupt.recv() => (), _ = terminate.recv() => () }
+    let _ = cancel.send(true);
+    // A second one does not wait for anything.
+    tokio::select! { _ = interrupt.recv() => (), _ = terminate.recv() => () }
+    std::process::exit(130);
+}
+
+enum Way {
+    Up { from: Vec<PathBuf>, to: Remote },
+    Down { from: Vec<Remote>, to: PathBuf },
+}
+
+/// Which way the bytes go.
+fn direction(args: &Copy) -> anyhow::Result<Way> {
+    let Some((to, from)) = args.paths.split_last() else { bail!("nothing to copy") };
+    let remote = |text: &String| text.parse::<Remote>().map_err(anyhow::Error::msg);
+    let remotes = from.iter().filter(|path| Remote::looks_remote(path)).count();
+    match (remotes == from.len(), remotes == 0, Remote::looks_remote(to)) {
+        (_, true, true) => Ok(Way::Up { from: from.iter().map(PathBuf::from).collect(), to: remote(to)? }),
+        (true, _, false) => {
+            Ok(Way::Down { from: from.iter().map(remote).collect::<Result<_, _>>()?, to: PathBuf::from(to) })
+        }
+        (true, _, true) => {
+            bail!("copies from volume to volume are not made here; copy to this machine first")
+        }
+        (_, true, false) => {
+            bail!(
+                "none of the paths is remote: write VOLUME:/path, and copy local files with the system's cp"
+            )
+        }
+        _ => bail!("some sources are local and some remote; copy them one kind after the other"),
+    }
+}
+
+async fn copy(shared: &Arc<Shared>, args: &Copy, way: Way) -> anyhow::Result<()> {
+    let chunk = match args.chunk {
+        Some(chunk) => chunk,
+        None => (CHUNKS_BYTES / (args.parallel * args.depth)).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX),
+    };
+    let (sender, receiver) = mpsc::channel(PLANNED_MAX);
+    let receiver = Arc::new(Mutex::new(receiver));
+    let mut workers = JoinSet::new();
+    for _ in 0..args.parallel {
+        let streamer = Streamer::new(args.depth, chunk)?;
+        workers.spawn(worker(Arc::clone(shared), Arc::clone(&receiver), streamer));
+    }
+    // When all workers have given up, the plan's next send fails.
+    drop(receiver);
+    let directories = match way {
+        Way::Up { from, to } => {
+            upload::plan(shared, &from, to, args.recursive, sender).await.map(Directories::Up)
+        }
+        Way::Down { from, to } => {
+            download::plan(shared, &from, to, args.recursive, sender).await.map(Directories::Down)
+        }
+    };
+    let mut result = Ok(());
+    while let Some(ended) = workers.join_next().await {
+        let ended = ended.unwrap_or_else(|_| bail!("a copy worker panicked"));
+        if result.is_ok() {
+            result = ended;
+        }
+    }
+    result?;
+    // Modes and times of directories come last: files made in them would change the times again, and a read-only
+    // directory takes none.
+    match directories? {
+        Directories::Up(all) => upload::finish_directories(shared, all).await,
+        Directories::Down(all) => download::finish_directories(shared, all),
+    }
+}
+
+enum Directories {
+    Up(Vec<upload::Directory>),
+    Down(Vec<download::Directory>),
+}
+
+async fn worker(
+    shared: Arc<Shared>,
+    jobs: Arc<Mutex<mpsc::Receiver<Job>>>,
+    mut streamer: Streamer,
+) -> anyhow::Result<()> {
+    loop {
+        let Some(job) = jobs.lock().await.recv().await else { return Ok(()) };
+        let (name, done) = match &job {
+            Job::Up(file) => {
+                (file.from.display().to_string(), upload::file(&shared, file, &mut streamer).await)
+            }
+            Job::Down(file) => (file.from.to_string(), download::file(&shared, file, &mut streamer).await),
+        };
+        match done {
+            Ok(()) => shared.tally.file(),
+            Err(error) => shared.failed(&name, &error)?,
+        }
+    }
+}
+
+/// Sends a job to the workers; fails when they have all given up.
+async fn plan_job(sender: &mpsc::Sender<Job>, job: Job) -> anyhow::Result<()> {
+    sender.send(job).await.ok().context("the copy was given up")
+}
+
+/// A name that no other file has, for one that is not complete.
+fn part_name() -> anyhow::Result<String> {
+    let bytes = holdfast_client::random_bytes::<8>()?;
+    Ok(format!(".holdfast-{:016x}.part", u64::from_le_bytes(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn way(paths: &[&str]) -> anyhow::Result<Way> {
+        direction(&Copy {
+            paths: paths.iter().map(|p| (*p).to_owned()).collect(),
+            recursive: false,
+            transport: None,
+            depth: 1,
+            chunk: None,
+            parallel: 1,
+            no_flush: false,
+            json: false,
+        })
+    }
+
+    #[test]
+    fn the_direction_is_told_from_the_paths() {
+        assert!(matches!(way(&["a", "b", "data:/"]), Ok(Way::Up { .. })));
+        assert!(matches!(way(&["data:/a", "."]), Ok(Way::Down { .. })));
+        for wrong in
+            [&["a", "b"][..], &["data:/a", "data:/b"], &["a", "data:/b", "c"], &["a", "data:/b", "data:/c"]]
+        {
+            assert!(way(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! From this machine to a volume.
+
+use super::{Job, Shared, part_name, plan_job};
+use crate::names::make_all;
+use crate::remote::Remote;
+use anyhow::{Context, bail};
+use holdfast_client::stream::Streamer;
+use holdfast_client::{Changes, FileKind, FileTime, OpenOptions, Status};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// A file to copy.
+pub(super) struct File {
+    pub(super) from: PathBuf,
+    to: Remote,
+}
+
+/// A directory that was made, and what it should look like in the end.
+pub(super) struct Directory {
+    to: Remote,
+    changes: Changes,
+}
+
+/// Permission bits that travel: without set-id bits, which mean nothing on another machine.
+fn mode(metadata: &Metadata) -> u32 {
+    metadata.mode() & 0o1777
+}
+
+fn changes(metadata: &Metadata) -> Changes {
+    let nanos = |n: i64| u32::try_from(n).unwrap_or(0);
+    Changes {
+        mode: Some(mode(metadata)),
+        modified: Some(FileTime { seconds: metadata.mtime(), nanos: nanos(metadata.mtime_nsec()) }),
+        ..Changes::default()
+    }
+}
+
+/// Walks the sources, makes directories and links, and hands files to the workers.
+pub(super) async fn plan(
+    shared: &Shared,
+    sources: &[PathBuf],
+    to: Remote,
+    recursive: bool,
+    jobs: mpsc::Sender<Job>,
+) -> anyhow::Result<Vec<Directory>> {
+    let existing = match shared.session.attributes(&to.place()).await {
+        Ok(attributes) => Some(attributes.kind),
+        Err(error) if error.status() == Some(Status::NotFound) => None,
+        Err(error) => return Err(error).with_context(|| to.to_string()),
+    };
+    // A link to a directory counts as one, as with cp.
+    let into = match existing {
+        Some(FileKind::Directory) => true,
+        Some(FileKind::Symlink) => shared.session.list(&to.place()).next_page().await.is_ok(),
+        _ => false,
+    };
+    if !into && (sources.len() > 1 || to.directory) {
+        bail!("{to} is not a directory; make it first: holdfast mkdir {to}");
+    }
+    let mut directories = Vec::new();
+    for source in sources {
+        let target = match (into, name_of(source)) {
+            (true, Some(name)) => to.join(&name?),
+            _ => to.clone(),
+        };
+        if let Err(error) = tree(shared, source, target, recursive, &jobs, &mut directories).await {
+            shared.failed(&source.display().to_string(), &error)?;
+        }
+    }
+    Ok(directories)
+}
+
+/// The name a source gets in a directory; `None` for `.`, `..` and `/`, whose contents are meant.
+fn name_of(source: &Path) -> Option<anyhow::Result<String>> {
+    let name = source.file_name()?;
+    Some(name.to_str().map(str::to_owned).context("its name is not UTF-8, which remote names are"))
+}
+
+async fn tree(
+    shared: &Shared,
+    source: &Path,
+    to: Remote,
+    recursive: bool,
+    jobs: &mpsc::Sender<Job>,
+    directories: &mut Vec<Directory>,
+) -> anyhow::Result<()> {
+    // What is named on the command line may be a link to what is meant, as with cp; below it links stay links.
+    let metadata = if recursive { std::fs::symlink_metadata(source) } else { std::fs::metadata(source) };
+    let metadata = metadata.context("cannot look at it")?;
+    if metadata.is_dir() && !recursive {
+        bail!("it is a directory; give -r to copy it with all that is in it");
+    }
+    let mut stack = vec![(source.to_path_buf(), to, metadata)];
+    while let Some((path, to, metadata)) = stack.pop() {
+        if *shared.cancelled.borrow() {
+            bail!("interrupted");
+        }
+        let top = path == source;
+        let done = entry(shared, &path, &to, &metadata, jobs, directories, &mut stack).await;
+        match done {
+            Err(error) if top => return Err(error),
+            Err(error) => shared.failed(&path.display().to_string(), &error)?,
+            Ok(()) => {}
+        }
+    }
+    Ok(())
+}
+
+async fn entry(
+    shared: &Shared,
+    path: &Path,
+    to: &Remote,
+    metadata: &Metadata,
+    jobs: &mpsc::Sender<Job>,
+    directories: &mut Vec<Directory>,
+    stack: &mut Vec<(PathBuf, Remote, Metadata)>,
+) -> anyhow::Result<()> {
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        if !to.path.is_empty() {
+            make_all(&shared.session, to, 0o700 | mode(metadata)).await?;
+        }
+        shared.tally.directory();
+        let mut children = Vec::new();
+        for child in std::fs::read_dir(path)? {
+            let child = child?;
+            let Some(Ok(name)) = name_of(&child.path()) else {
+                shared.tally.skipped(&child.path().display().to_string(), "its name is not UTF-8");
+                continue;
+            };
+            children.push((child.path(), to.join(&name), child.metadata()?));
+        }
+        // Taken from the end: in the order of their names.
+        children.sort_by(|a, b| b.0.cmp(&a.0));
+        stack.append(&mut children);
+        if !to.path.is_empty() {
+            directories.push(Directory { to: to.clone(), changes: changes(metadata) });
+        }
+    } else if kind.is_file() {
+        shared.tally.planned(metadata.len());
+        plan_job(jobs, Job::Up(File { from: path.into(), to: to.clone() })).await?;
+    } else if kind.is_symlink() {
+        symlink(shared, path, to).await?;
+        shared.tally.symlink();
+    } else {
+        shared.tally.skipped(&path.display().to_string(), "it is neither file, directory nor symbolic link");
+    }
+    Ok(())
+}
+
+async fn symlink(shared: &Shared, path: &Path, to: &Remote) -> anyhow::Result<()> {
+    let target = std::fs::read_link(path)?;
+    let text = target.to_str().context("the link's text is not UTF-8")?;
+    match shared.session.make_symlink(&to.place(), text).await {
+        Err(error) if error.status() == Some(Status::Exists) => {
+            // Replaced at once, so that there is never no link.
+            let part = beside(to)?;
+            shared.session.make_symlink(&part.place(), text).await?;
+            if let Err(error) = shared.session.rename(&part.place(), &to.place(), false).await {
+                let _ = shared.session.remove(&part.place()).await;
+                return Err(error.into());
+            }
+            Ok(())
+        }
+        other => Ok(other?),
+    }
+}
+
+fn beside(to: &Remote) -> anyhow::Result<Remote> {
+    let parent = to.parent().context("the root of a volume is not a file")?;
+    Ok(parent.join(&part_name()?))
+}
+
+/// Copies one file.
+pub(super) async fn file(shared: &Shared, job: &File, streamer: &mut Streamer) -> anyhow::Result<()> {
+    let part = beside(&job.to)?;
+    let done = shared.unless_cancelled(transfer(shared, job, &part, streamer)).await;
+    if done.is_err() {
+        // Best effort: the error that is told is the first.
+        let _ = shared.session.remove(&part.place()).await;
+    }
+    done
+}
+
+async fn transfer(shared: &Shared, job: &File, part: &Remote, streamer: &mut Streamer) -> anyhow::Result<()> {
+    let from = job.from.clone();
+    let (local, metadata) = tokio::task::spawn_blocking(move || {
+        let file = std::fs::File::open(from)?;
+        let metadata = file.metadata()?;
+        std::io::Result::Ok((Arc::new(file), metadata))
+    })
+    .await?
+    .context("cannot open it")?;
+    let options = OpenOptions::create_new(mode(&metadata) | 0o600);
+    let open = shared.session.open(&part.place(), &options).await.with_context(|| job.to.to_string())?;
+    shared.tally.open();
+    if metadata.len() > 0 {
+        let binding = open.bind(shared.channel(&open).await?).await?;
+        shared.tally.bind();
+        streamer.upload(&local, &binding, metadata.len(), shared.tally.progress()).await?;
+        if shared.flush {
+            binding.flush().await?;
+        }
+        binding.unbind().await?;
+    }
+    open.set_attributes(&changes(&metadata)).await?;
+    open.close().await?;
+    shared.session.rename(&part.place(), &job.to.place(), false).await.with_context(|| job.to.to_string())?;
+    Ok(())
+}
+
+/// Modes and times of the directories made, the innermost first.
+pub(super) async fn finish_directories(shared: &Shared, directories: Vec<Directory>) -> anyhow::Result<()> {
+    for directory in directories.iter().rev() {
+        if let Err(error) = shared.session.set_attributes(&directory.to.place(), &directory.changes).await {
+            shared.failed(&directory.to.to_string(), &error.into())?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! `holdfast doctor`: is RDMA in use, and if not, why.
+//!
+//! ```text
+//!   host      RDMA devices, memlock limit         server    reachable? which transport, and why; a few bytes moved
+//!   admin     with --dir: what both planes hold
+//! ```
+
+mod admin;
+mod host;
+mod server;
+
+use crate::args::{Connection, Doctor};
+use crate::output::line;
+use serde_json::{Value, json};
+
+pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Result<()> {
+    let mut connection = connection.clone();
+    if let (None, Some(dir)) = (&connection.config, &args.dir) {
+        connection.config = Some(dir.join("client.toml"));
+    }
+    let host = host::look();
+    let server = match connection.config {
+        Some(_) => Some(server::probe(&connection).await),
+        None => None,
+    };
+    let admin = match &args.dir {
+        Some(dir) => Some(admin::gauges(&dir.join("state/admin.sock")).await),
+        None => None,
+    };
+    if args.json {
+        let text = |result: &anyhow::Result<Value>| match result {
+            Ok(value) => value.clone(),
+            Err(error) => json!({ "error": format!("{error:#}") }),
+        };
+        line(json!({
+            "host": host.json(),
+            "server": server.as_ref().map(text),
+            "gauges": admin.as_ref().map(text),
+        }))?;
+    } else {
+        host.print()?;
+        match &server {
+            None => line("server    not looked at: give --config D/client.toml, or set HOLDFAST_CONFIG")?,
+            Some(Ok(facts)) => server::print(facts)?,
+            Some(Err(error)) => line(format_args!("server    {error:#}"))?,
+        }
+        match &admin {
+            Some(Ok(gauges)) => admin::print(gauges)?,
+            Some(Err(error)) => line(format_args!("planes    {error:#}"))?,
+            None => {}
+        }
+    }
+    // What was asked for and could not be looked at makes the command fail; it has been told above.
+    match (server, admin) {
+        (Some(Err(error)), _) | (_, Some(Err(error))) => Err(error),
+        _ => Ok(()),
+    }
+}
