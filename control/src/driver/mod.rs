@@ -9,27 +9,24 @@
 //!   blocking threads ─Done──►┘                      └─► blocking threads
 //! ```
 
+mod dataplane;
+mod files;
+
 use crate::errno::refusal;
-use crate::gauges::{Gauges, Held};
+use crate::gauges::Gauges;
 use crate::link::LinkPacket;
-use crate::volume::{Volume, attributes};
-use holdfast_shared::state::{
-    Authority, Effect, FileId, FileOpened, Fresh, Input, Located, OperationId, SessionBegan, Subject, Work,
-};
+use crate::volume::Volume;
+use dataplane::Link;
+use files::{Done, HeldFile};
+use holdfast_shared::state::{Authority, Effect, FileId, Fresh, Input, SessionBegan};
 use holdfast_shared::types::{SessionId, Status, Timestamp, VolumeId};
-use holdfast_shared::wire::control::{Refusal, Reply, ReplyMessage, Request};
-use holdfast_shared::wire::link::{
-    Gauge, RedeemResult, Redeemed, Register, Registered, ToControl, ToDataplane,
-};
-use std::collections::{BTreeMap, HashMap};
-use std::os::fd::OwnedFd;
+use holdfast_shared::wire::control::{Refusal, ReplyMessage, Request};
+use holdfast_shared::wire::link::{Gauge, RedeemResult, Redeemed, Register, ToControl, ToDataplane};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{mpsc, oneshot};
-
-/// Gauge questions to dataplane that may wait at once.
-const GAUGE_QUESTIONS_MAX: usize = 16;
 
 /// What sessions, link and admin bring.
 pub enum Event {
@@ -57,24 +54,6 @@ pub enum Answer {
     Reply(Box<ReplyMessage>),
     /// Send what is queued, then end.
     End,
-}
-
-/// A descriptor of a volume's file, counted.
-struct HeldFile {
-    fd: Arc<OwnedFd>,
-    _held: Held,
-}
-
-enum Done {
-    Input(Input),
-    Opened(OperationId, FileId, Result<(FileOpened, HeldFile), Refusal>),
-}
-
-struct Link {
-    id: u64,
-    packets: mpsc::UnboundedSender<LinkPacket>,
-    questions: BTreeMap<u64, oneshot::Sender<Vec<Gauge>>>,
-    last_question: u64,
 }
 
 /// The driver.
@@ -244,15 +223,8 @@ impl Driver {
             }
             Effect::Disconnect(session) => self.end_session(session),
             Effect::OpenFile { operation, file, at, access, disposition, mode, follow } => {
-                let (volume, gauges) = (self.volume(&at), self.gauges.clone());
-                self.blocking(move || {
-                    let open = |volume: Arc<Volume>| {
-                        let (opened, fd) = volume.open_file(&at.path, access, disposition, mode, follow)?;
-                        let fd = Arc::new(fd);
-                        let held = Held::new(&gauges, |g| &g.open_files);
-                        Ok((opened, HeldFile { fd, _held: held }))
-                    };
-                    Done::Opened(operation, file, volume.and_then(open))
+                self.open_file(operation, file, at, move |volume, path| {
+                    volume.open_file(path, access, disposition, mode, follow)
                 });
             }
             Effect::CloseFile(file) => {
@@ -261,14 +233,7 @@ impl Driver {
                     tokio::task::spawn_blocking(move || drop(held));
                 }
             }
-            Effect::Resolve { operation, names } => {
-                let volume = names.first().map_or_else(|| Err(internal()), |at| self.volume(at));
-                self.blocking(move || {
-                    let result =
-                        volume.and_then(|volume| names.iter().map(|at| volume.identify(&at.path)).collect());
-                    Done::Input(Input::Resolved { operation, result })
-                });
-            }
+            Effect::Resolve { operation, names } => self.resolve(operation, names),
             Effect::Perform { operation, work } => self.work(operation, work),
             Effect::Grant { id, file, grant } => {
                 let fd = self.files.get(&file).map(|held| held.fd.clone());
@@ -298,76 +263,6 @@ impl Driver {
         }
     }
 
-    fn work(&mut self, operation: OperationId, work: Work) {
-        let volume_of = |at: &Located| self.volume(at);
-        let job: Box<dyn FnOnce() -> Result<Reply, Refusal> + Send> = match work {
-            Work::Attributes(Subject::File(file)) => {
-                let fd = self.fd(file);
-                Box::new(move || attributes::of_file(&*fd?).map(Reply::Attributes))
-            }
-            Work::SetAttributes(Subject::File(file), changes) => {
-                let fd = self.fd(file);
-                Box::new(move || attributes::change_file(&*fd?, &changes).map(Reply::Attributes))
-            }
-            Work::Attributes(Subject::Name(at)) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.attributes(&at.path).map(Reply::Attributes))
-            }
-            Work::SetAttributes(Subject::Name(at), changes) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.set_attributes(&at.path, &changes).map(Reply::Attributes))
-            }
-            Work::List(at, after) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.list(&at.path, &after).map(Reply::Entries))
-            }
-            Work::MakeDirectory(at, mode) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.make_directory(&at.path, mode).map(|()| Reply::Done))
-            }
-            Work::MakeSymlink(at, text) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.make_symlink(&at.path, &text).map(|()| Reply::Done))
-            }
-            Work::ReadSymlink(at) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.read_symlink(&at.path).map(Reply::Symlink))
-            }
-            Work::VolumeStatus(id) => {
-                let volume = self.volumes.get(&id).cloned().ok_or_else(internal);
-                Box::new(move || volume?.status().map(Reply::VolumeStatus))
-            }
-            Work::Remove(at, file) => {
-                let volume = volume_of(&at);
-                Box::new(move || volume?.remove(&at.path, file).map(|()| Reply::Done))
-            }
-            Work::Rename { from, to } => {
-                let volume = volume_of(&from.0);
-                Box::new(move || {
-                    let done = volume?.rename((&from.0.path, from.1), (&to.0.path, to.1));
-                    done.map(|()| Reply::Done)
-                })
-            }
-        };
-        self.blocking(move || Done::Input(Input::Performed { operation, result: job() }));
-    }
-
-    fn blocking(&self, work: impl FnOnce() -> Done + Send + 'static) {
-        let done = self.done.clone();
-        tokio::task::spawn_blocking(move || {
-            // The driver is gone only when the process ends.
-            let _ = done.send(work());
-        });
-    }
-
-    fn volume(&self, at: &Located) -> Result<Arc<Volume>, Refusal> {
-        self.volumes.get(&at.volume).cloned().ok_or_else(internal)
-    }
-
-    fn fd(&self, file: FileId) -> Result<Arc<OwnedFd>, Refusal> {
-        self.files.get(&file).map(|held| held.fd.clone()).ok_or_else(internal)
-    }
-
     fn answer(&mut self, session: SessionId, answer: Answer) {
         let Some(answers) = self.sessions.get(&session) else { return };
         // The queue holds one place for each request that may be under way, and one for the end.
@@ -379,73 +274,6 @@ impl Driver {
     fn end_session(&mut self, session: SessionId) {
         self.answer(session, Answer::End);
         self.sessions.remove(&session);
-    }
-
-    fn begin_link(&mut self, id: u64, register: Register, packets: mpsc::UnboundedSender<LinkPacket>) {
-        let status = if register.version != holdfast_shared::wire::link::VERSION {
-            Status::Version
-        } else if self.link.is_some() {
-            Status::TooMany
-        } else {
-            Status::Ok
-        };
-        let message = ToDataplane::Registered(Registered { status });
-        let _ = packets.send(LinkPacket { message, descriptor: None });
-        if status != Status::Ok {
-            // Without its sender the connection sends what is queued and ends.
-            tracing::warn!(?status, "a dataplane was refused");
-            return;
-        }
-        tracing::info!("dataplane linked");
-        self.gauges.link_up.store(1, Relaxed);
-        self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0 });
-        self.input(Input::LinkUp { service_blob: register.service_blob });
-    }
-
-    fn link_message(&mut self, message: ToControl) -> anyhow::Result<()> {
-        match message {
-            ToControl::Register(_) => {
-                tracing::warn!("dataplane registered twice on one link; ignored");
-            }
-            ToControl::Redeem(redeem) => {
-                self.input(Input::Redeem { redeem: Box::new(redeem), fresh: fresh()? });
-            }
-            ToControl::Fenced(fence) => self.input(Input::Fenced(fence)),
-            ToControl::Released(binding) => self.input(Input::Released(binding)),
-            ToControl::Gauges(gauges) => {
-                let link = self.link.as_mut();
-                if let Some(question) = link.and_then(|link| link.questions.remove(&gauges.id)) {
-                    let _ = question.send(gauges.gauges);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn ask_gauges(&mut self, answer: oneshot::Sender<Vec<Gauge>>) {
-        let Some(link) = &mut self.link else { return };
-        link.questions.retain(|_, question| !question.is_closed());
-        if link.questions.len() < GAUGE_QUESTIONS_MAX {
-            link.last_question += 1;
-            let id = link.last_question;
-            link.questions.insert(id, answer);
-            self.to_dataplane(ToDataplane::GetGauges(id), None);
-        }
-    }
-
-    fn refuse_bind(&mut self, id: u64, status: Status) {
-        self.gauges.binds_refused_total.fetch_add(1, Relaxed);
-        self.gauges.refused(status);
-        let result = RedeemResult::Refused(status);
-        self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), None);
-    }
-
-    /// Queues a packet. The queue holds at most one answer for each bind under way and one fence for each binding.
-    /// If the link is gone its end is already on the way here.
-    fn to_dataplane(&self, message: ToDataplane, descriptor: Option<Arc<OwnedFd>>) {
-        if let Some(link) = &self.link {
-            let _ = link.packets.send(LinkPacket { message, descriptor });
-        }
     }
 }
 

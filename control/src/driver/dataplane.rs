@@ -1,0 +1,99 @@
+//! The driver's side of the link: one dataplane at a time, what it says, and what it is told.
+
+use super::{Driver, fresh};
+use crate::link::LinkPacket;
+use holdfast_shared::state::Input;
+use holdfast_shared::types::Status;
+use holdfast_shared::wire::link::{
+    Gauge, RedeemResult, Redeemed, Register, Registered, ToControl, ToDataplane, VERSION,
+};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use tokio::sync::{mpsc, oneshot};
+
+/// Gauge questions to dataplane that may wait at once.
+const GAUGE_QUESTIONS_MAX: usize = 16;
+
+/// The registered dataplane.
+pub(super) struct Link {
+    pub(super) id: u64,
+    pub(super) packets: mpsc::UnboundedSender<LinkPacket>,
+    pub(super) questions: BTreeMap<u64, oneshot::Sender<Vec<Gauge>>>,
+    pub(super) last_question: u64,
+}
+
+impl Driver {
+    pub(super) fn begin_link(
+        &mut self,
+        id: u64,
+        register: Register,
+        packets: mpsc::UnboundedSender<LinkPacket>,
+    ) {
+        let status = if register.version != VERSION {
+            Status::Version
+        } else if self.link.is_some() {
+            Status::TooMany
+        } else {
+            Status::Ok
+        };
+        let message = ToDataplane::Registered(Registered { status });
+        let _ = packets.send(LinkPacket { message, descriptor: None });
+        if status != Status::Ok {
+            // Without its sender the connection sends what is queued and ends.
+            tracing::warn!(?status, "a dataplane was refused");
+            return;
+        }
+        tracing::info!("dataplane linked");
+        self.gauges.link_up.store(1, Relaxed);
+        self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0 });
+        self.input(Input::LinkUp { service_blob: register.service_blob });
+    }
+
+    pub(super) fn link_message(&mut self, message: ToControl) -> anyhow::Result<()> {
+        match message {
+            ToControl::Register(_) => {
+                tracing::warn!("dataplane registered twice on one link; ignored");
+            }
+            ToControl::Redeem(redeem) => {
+                self.input(Input::Redeem { redeem: Box::new(redeem), fresh: fresh()? });
+            }
+            ToControl::Fenced(fence) => self.input(Input::Fenced(fence)),
+            ToControl::Released(binding) => self.input(Input::Released(binding)),
+            ToControl::Gauges(gauges) => {
+                let link = self.link.as_mut();
+                if let Some(question) = link.and_then(|link| link.questions.remove(&gauges.id)) {
+                    let _ = question.send(gauges.gauges);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn ask_gauges(&mut self, answer: oneshot::Sender<Vec<Gauge>>) {
+        let Some(link) = &mut self.link else { return };
+        link.questions.retain(|_, question| !question.is_closed());
+        if link.questions.len() < GAUGE_QUESTIONS_MAX {
+            link.last_question += 1;
+            let id = link.last_question;
+            link.questions.insert(id, answer);
+            self.to_dataplane(ToDataplane::GetGauges(id), None);
+        }
+    }
+
+    pub(super) fn refuse_bind(&mut self, id: u64, status: Status) {
+        self.gauges.binds_refused_total.fetch_add(1, Relaxed);
+        self.gauges.refused(status);
+        let result = RedeemResult::Refused(status);
+        self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), None);
+    }
+
+    /// Queues a packet. The queue holds at most one answer for each bind under way and one fence for each binding.
+    /// If the link is gone its end is already on the way here.
+    pub(super) fn to_dataplane(&self, message: ToDataplane, descriptor: Option<Arc<OwnedFd>>) {
+        if let Some(link) = &self.link {
+            let _ = link.packets.send(LinkPacket { message, descriptor });
+        }
+    }
+}
