@@ -4,8 +4,9 @@ use crate::config::{Config, Enabled, advertised};
 use crate::engine::Engine;
 use anyhow::Context;
 use holdfast_shared::wire::service::{Endpoint, TransportKind};
-use holdfast_transport::{Listener, tcp};
-use std::net::SocketAddr;
+use holdfast_transport::{Listener, tcp, verbs};
+use holdfast_verbs::Device;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -54,9 +55,35 @@ impl Listeners {
         Ok(all)
     }
 
+    /// Without addresses of its own, one listener for all devices: so the pools are registered once for each of them.
     fn bind_verbs(&mut self, config: &Config) -> anyhow::Result<()> {
-        let _ = config;
-        anyhow::bail!("this build has no verbs listener")
+        let listen = |address: Ipv4Addr| {
+            verbs::VerbsListener::bind((address, config.verbs.port).into())
+                .with_context(|| format!("cannot listen on verbs {address}:{}", config.verbs.port))
+        };
+        let (mut addresses, mut listeners) = (Vec::new(), Vec::new());
+        if config.verbs.addresses.is_empty() {
+            let listener = listen(Ipv4Addr::UNSPECIFIED)?;
+            for device in Device::list()? {
+                addresses.extend(
+                    device
+                        .ipv4_addresses()?
+                        .into_iter()
+                        .map(|ip| SocketAddr::from((ip, listener.address().port()))),
+                );
+            }
+            anyhow::ensure!(!addresses.is_empty(), "no RDMA device has an IPv4 address");
+            listeners.push(listener);
+        } else {
+            for address in &config.verbs.addresses {
+                let listener = listen(*address)?;
+                addresses.push(listener.address());
+                listeners.push(listener);
+            }
+        }
+        self.verbs = addresses;
+        self.waiting.extend(listeners.into_iter().map(|listener| Box::new(listener) as Box<dyn Listener>));
+        Ok(())
     }
 
     /// What the service blob says, best first.

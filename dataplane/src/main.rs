@@ -14,7 +14,7 @@ use holdfast_dataplane::link::{self, LinkPort};
 use holdfast_dataplane::listeners::Listeners;
 use holdfast_shared::wire::data;
 use holdfast_shared::wire::service::ServiceBlob;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,7 +42,8 @@ fn heap() -> (u64, u64) {
 fn main() -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     // Before any thread is there: all of them inherit it.
     let mut signals = signals()?;
     let config = Config::load(&Arguments::parse().config)?;

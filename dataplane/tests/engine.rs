@@ -1,4 +1,5 @@
 //! The engine over the memory transport: what a well-behaved client gets.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
 

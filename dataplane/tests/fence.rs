@@ -1,4 +1,5 @@
 //! Fences: nothing lands afterwards, and control is told only then.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Random requests against a plain vector of bytes.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
 

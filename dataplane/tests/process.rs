@@ -1,4 +1,5 @@
 //! The process itself: its socket to a scripted control, its listener, its signals.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
 

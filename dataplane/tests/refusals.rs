@@ -1,4 +1,5 @@
 //! Peers that break the rules: the documented status, the channel's end where it must be, and a server unharmed.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! The steady state allocates nothing. The client beside it allocates nothing either, so every allocation counted is
 //! the server's.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
 

@@ -439,9 +439,7 @@ impl Client {
                 None => panic!("no notice before the end {:?}", self.channel.ended()),
             }
         }
-        while let Some(msg) = self.next() {
-            panic!("{msg:?} after the last frame");
-        }
+        assert_eq!(self.next(), None, "something after the last frame");
         assert!(self.channel.ended().is_some(), "the channel was not closed");
     }
 }
