@@ -54,7 +54,7 @@ impl Fetches {
             pending.asked = true;
             self.asked += 1;
         }
-        // Fewer keys are in use than the depth of a channel, which is far below 2^32.
+        // Fewer keys are in use than the depth of a channel, which is far below the 2^31 of a Place's tag.
         Some(Frame::Fetch { remote, tag: u32::try_from(key).ok()? })
     }
 

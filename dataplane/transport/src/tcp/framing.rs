@@ -19,7 +19,8 @@
 //! * Fetch is answered with FetchData of exactly the length and tag asked for; answers may come in any order. At
 //!   most [`FETCHES_MAX`] may be unanswered; the asker sees to it.
 //! * Place or Fetch of memory that the receiver did not register so is answered with Refused{access}.
-//! * Refused is the last frame of its sender.
+//! * Refused is the last frame of its sender. A sender sets the top bit in the tags of its Places and not in those of
+//!   its Fetches, so that it knows which was refused; to the receiver all tags are alike.
 //!
 //! Whoever sees anything else ends the connection. A frame is answered, or its payload stored, only after its
 //! header has been checked; no length from the wire ever sizes an allocation.

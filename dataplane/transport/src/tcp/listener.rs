@@ -4,6 +4,7 @@ use super::channel::TcpChannel;
 use crate::channel::{Channel, Listener, Setup};
 use crate::stopper::Stopper;
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -74,23 +75,28 @@ impl Listener for TcpListener {
 
 /// The connection failed before it was taken; the listener is well.
 fn concerns_one_peer(error: &io::Error) -> bool {
-    use io::ErrorKind as kind;
     matches!(
-        error.kind(),
-        kind::WouldBlock
-            | kind::Interrupted
-            | kind::ConnectionAborted
-            | kind::ConnectionReset
-            | kind::HostUnreachable
-            | kind::NetworkUnreachable
-            | kind::NetworkDown
-            | kind::TimedOut
-    ) || error.raw_os_error().and_then(|code| rustix::io::Errno::from_raw_os_error(code).into())
-        == Some(rustix::io::Errno::PROTO)
+        errno(error),
+        Some(
+            Errno::AGAIN
+                | Errno::INTR
+                | Errno::CONNABORTED
+                | Errno::CONNRESET
+                | Errno::PROTO
+                | Errno::PERM
+                | Errno::NETDOWN
+                | Errno::NETUNREACH
+                | Errno::HOSTDOWN
+                | Errno::HOSTUNREACH
+                | Errno::TIMEDOUT
+        )
+    )
 }
 
 fn is_shortage(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+    matches!(errno(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+}
+
+fn errno(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw_os_error)
 }

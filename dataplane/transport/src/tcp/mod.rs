@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Place and Send are done when the socket has taken their last byte: the buffer is free then, and the bytes arrive in
-//! order, or the channel ends. Nothing a peer sends sizes an allocation; a peer that does not read is not read from
+//! order, or the channel ends and they may be lost. A peer that takes no bytes for 20 s, or whose host gives no sign of
+//! life for that long, is gone. Nothing a peer sends sizes an allocation; a peer that does not read is not read from
 //! either, once [`framing::FETCHES_MAX`] answers wait for it.
 
 mod channel;

@@ -14,6 +14,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+/// Set in the numbers of Places, and not in those of Fetches: a refusal names one or the other.
+const PLACE_TAG: u32 = 1 << 31;
+
 /// A buffer whose operation is done when the frame has been sent.
 pub(super) struct Owned {
     pub(super) token: u64,
@@ -101,7 +104,7 @@ impl Transmit {
 
     pub(super) fn add_place(&mut self, owned: Owned, remote: holdfast_shared::types::RegionDescriptor) {
         self.places = self.places.wrapping_add(1);
-        let tag = self.places;
+        let tag = PLACE_TAG | self.places;
         self.enqueue(Frame::Place { remote, tag }, Payload::Owned(owned), tag);
     }
 

@@ -12,7 +12,8 @@ use super::wake::{Note, clear, event, ring};
 use super::{io_error, require_device};
 use crate::channel::{Channel, Listener, Setup};
 use crate::stopper::Stopper;
-use holdfast_verbs::{ConnectRequest, ListenerLimits};
+use holdfast_verbs::memory::Pool;
+use holdfast_verbs::{ConnectRequest, Device, ListenerLimits};
 use parking_lot::Mutex;
 use rustix::event::PollFlags;
 use std::collections::{HashMap, VecDeque};
@@ -70,6 +71,27 @@ impl VerbsListener {
         Ok(Self { _listener: listener, address, inbox, half_open, homes, stopper: Stopper::new()? })
     }
 
+    /// Registers pools with every device now, so that the first peers need not wait for it.
+    ///
+    /// # Errors
+    /// The device's; for want of lockable memory the text says how to raise the limit.
+    pub fn register(&mut self, pools: &[Pool]) -> io::Result<()> {
+        for device in Device::list().map_err(io_error)? {
+            self.home(&device, pools)?;
+        }
+        Ok(())
+    }
+
+    /// The domain of a device, with these pools in it.
+    fn home(&mut self, device: &Arc<Device>, pools: &[Pool]) -> io::Result<Home> {
+        if !self.homes.contains_key(device.name()) {
+            self.homes.insert(device.name().to_owned(), Home::new(device).map_err(io_error)?);
+        }
+        let home = self.homes.get_mut(device.name()).ok_or(io::ErrorKind::NotFound)?;
+        home.add(pools).map_err(io_error)?;
+        Ok(home.clone())
+    }
+
     /// Answers one connect request; it is half-open then, if all went well.
     fn answer(
         &mut self,
@@ -80,13 +102,7 @@ impl VerbsListener {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the request waited too long"));
         }
         let Some(setup) = prepare(request.peer_address()) else { return Ok(()) };
-        let device = Arc::clone(request.device());
-        let mut home = match self.homes.get(device.name()) {
-            Some(home) => home.clone(),
-            None => Home::new(&device).map_err(io_error)?,
-        };
-        home.add(&setup.pools).map_err(io_error)?;
-        self.homes.insert(device.name().to_owned(), home.clone());
+        let home = self.home(&Arc::clone(request.device()), &setup.pools)?;
         let note = Note::new(Some(Arc::clone(&self.inbox.event)))?;
         let domain = Arc::clone(&home.domain);
         let channel = accept(|config| request.connection(&domain, config), home, setup, note)?;
