@@ -38,7 +38,7 @@ impl Refusal {
 impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.status)?;
-        if !self.detail.is_empty() {
+        if !self.detail.is_empty() && self.detail != self.status.text() {
             write!(f, ": {}", self.detail)?;
         }
         match self.retry {
@@ -115,12 +115,12 @@ pub enum Error {
         after: Duration,
     },
     /// The system failed.
-    #[error("{context}: {source}")]
+    #[error("{context}: {error}")]
     Io {
         /// What was being done.
         context: String,
-        /// The system's error.
-        source: std::io::Error,
+        /// The system's error; part of the text, so it is not the `source` of this one too.
+        error: std::io::Error,
     },
     /// The configuration cannot be used.
     #[error("{}: {reason}", path.display())]
@@ -143,8 +143,8 @@ pub enum Error {
 
 impl Error {
     /// Wraps an error of the system with what was being done.
-    pub fn io(context: impl Into<String>, source: std::io::Error) -> Self {
-        Self::Io { context: context.into(), source }
+    pub fn io(context: impl Into<String>, error: std::io::Error) -> Self {
+        Self::Io { context: context.into(), error }
     }
 
     pub(crate) fn refused(status: Status) -> Self {
@@ -180,7 +180,7 @@ impl Error {
         match self {
             Self::Ended { why: Ended::Closed | Ended::Disconnected | Ended::Transport(_), .. } => ECONNRESET,
             Self::Incompatible(_) => Status::Version.errno(),
-            Self::Io { source, .. } => source.raw_os_error().unwrap_or(EIO),
+            Self::Io { error, .. } => error.raw_os_error().unwrap_or(EIO),
             Self::Config { .. } | Self::Usage(_) => EINVAL,
             _ => self.status().map_or(EIO, Status::errno),
         }

@@ -37,7 +37,8 @@ pub(super) async fn plan(
 ) -> anyhow::Result<Vec<Directory>> {
     let into = to.is_dir();
     let slash = to.as_os_str().as_encoded_bytes().ends_with(b"/");
-    if !into && (sources.len() > 1 || slash) {
+    // As with cp, a tree may be given a new name with a slash at its end.
+    if !into && (sources.len() > 1 || (slash && !recursive)) {
         bail!("{} is not a directory; make it first: mkdir {}", to.display(), to.display());
     }
     let mut directories = Vec::new();
@@ -47,7 +48,7 @@ pub(super) async fn plan(
             _ => to.clone(),
         };
         if let Err(error) = tree(shared, source, target, recursive, &jobs, &mut directories).await {
-            shared.failed(&source.to_string(), &error)?;
+            shared.failed(&source.to_string(), error)?;
         }
     }
     Ok(directories)
@@ -75,7 +76,7 @@ async fn tree(
             entry(shared, &from, &path, top, recursive, attributes, jobs, directories, &mut stack).await;
         match done {
             Err(error) if top => return Err(error),
-            Err(error) => shared.failed(&from.to_string(), &error)?,
+            Err(error) => shared.failed(&from.to_string(), error)?,
             Ok(()) => {}
         }
     }
@@ -231,7 +232,7 @@ pub(super) fn finish_directories(shared: &Shared, directories: Vec<Directory>) -
             opened.set_permissions(Permissions::from_mode(directory.attributes.mode & 0o1777))
         });
         if let Err(error) = done {
-            shared.failed(&directory.to.display().to_string(), &error.into())?;
+            shared.failed(&directory.to.display().to_string(), error.into())?;
         }
     }
     Ok(())

@@ -49,8 +49,16 @@ struct Shared {
 impl Shared {
     /// The one data channel; connected when the first file needs it.
     async fn channel(&self, open: &Open) -> anyhow::Result<&DataChannel> {
-        let channel = self.channel.get_or_try_init(|| open.connect(self.transport)).await?;
-        Ok(channel)
+        let connected = self.channel.get_or_try_init(|| open.connect(self.transport)).await;
+        connected.map_err(|error| {
+            let hint = match self.transport {
+                Transport::Verbs => {
+                    "; `holdfast doctor` says what is missing, and --transport auto does without"
+                }
+                _ => "",
+            };
+            anyhow::Error::new(error).context(NoChannel(hint))
+        })
     }
 
     /// Runs a transfer unless the copy is interrupted; then its temporary file can be removed at once.
@@ -63,15 +71,22 @@ impl Shared {
     }
 
     /// Reports what could not be copied and goes on, unless nothing more can be.
-    fn failed(&self, what: &str, error: &anyhow::Error) -> anyhow::Result<()> {
-        self.tally.failed(what, error);
+    fn failed(&self, what: &str, error: anyhow::Error) -> anyhow::Result<()> {
         let dead = self.channel.get().is_some_and(|channel| channel.ended().is_some());
-        if dead || *self.cancelled.borrow() || crate::exit::is_connection(error) {
-            bail!("the copy was given up: {error:#}");
+        let given_up =
+            dead || *self.cancelled.borrow() || error.is::<NoChannel>() || crate::exit::is_connection(&error);
+        if given_up {
+            return Err(error.context(format!("the copy was given up at {what}")));
         }
+        self.tally.failed(what, &error);
         Ok(())
     }
 }
+
+/// There is no data channel, and there will be none for the other files either.
+#[derive(Debug, thiserror::Error)]
+#[error("no data channel{0}")]
+struct NoChannel(&'static str);
 
 /// One file to copy.
 enum Job {
@@ -212,7 +227,7 @@ async fn worker(
         };
         match done {
             Ok(()) => shared.tally.file(),
-            Err(error) => shared.failed(&name, &error)?,
+            Err(error) => shared.failed(&name, error)?,
         }
     }
 }

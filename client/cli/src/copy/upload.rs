@@ -57,7 +57,9 @@ pub(super) async fn plan(
         Some(FileKind::Symlink) => shared.session.list(&to.place()).next_page().await.is_ok(),
         _ => false,
     };
-    if !into && (sources.len() > 1 || to.directory) {
+    // As with cp, a tree may be given a new name with a slash at its end.
+    let tree_only = recursive && sources.iter().all(|source| source.is_dir());
+    if !into && (sources.len() > 1 || (to.directory && !tree_only)) {
         bail!("{to} is not a directory; make it first: holdfast mkdir {to}");
     }
     let mut directories = Vec::new();
@@ -67,7 +69,7 @@ pub(super) async fn plan(
             _ => to.clone(),
         };
         if let Err(error) = tree(shared, source, target, recursive, &jobs, &mut directories).await {
-            shared.failed(&source.display().to_string(), &error)?;
+            shared.failed(&source.display().to_string(), error)?;
         }
     }
     Ok(directories)
@@ -102,7 +104,7 @@ async fn tree(
         let done = entry(shared, &path, &to, &metadata, jobs, directories, &mut stack).await;
         match done {
             Err(error) if top => return Err(error),
-            Err(error) => shared.failed(&path.display().to_string(), &error)?,
+            Err(error) => shared.failed(&path.display().to_string(), error)?,
             Ok(()) => {}
         }
     }
@@ -216,7 +218,7 @@ async fn transfer(shared: &Shared, job: &File, part: &Remote, streamer: &mut Str
 pub(super) async fn finish_directories(shared: &Shared, directories: Vec<Directory>) -> anyhow::Result<()> {
     for directory in directories.iter().rev() {
         if let Err(error) = shared.session.set_attributes(&directory.to.place(), &directory.changes).await {
-            shared.failed(&directory.to.to_string(), &error.into())?;
+            shared.failed(&directory.to.to_string(), error.into())?;
         }
     }
     Ok(())

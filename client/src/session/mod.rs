@@ -347,3 +347,6 @@ async fn write_all(
         let _ = done.send(());
     }
 }
+
+#[cfg(test)]
+mod tests;

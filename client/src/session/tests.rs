@@ -1,0 +1,228 @@
+//! Sessions against a scripted server: real TLS on loopback, answers by script.
+
+use super::*;
+use crate::config::{Tls, Transport};
+use holdfast_shared::auth::{EXPORTER_LABEL, Secret};
+use holdfast_shared::types::{OpenId, Status};
+use holdfast_shared::wire::control::{Place, Refusal};
+use rcgen::{CertificateParams, Issuer, KeyPair};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use std::path::Path;
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+type Stream = TlsStream<TcpStream>;
+
+/// A CA of its own, one certificate for both sides.
+struct Pki {
+    dir: tempfile::TempDir,
+}
+
+impl Pki {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let ca_key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let ca = params.self_signed(&ca_key).unwrap();
+        let issuer = Issuer::new(params, ca_key);
+        let key = KeyPair::generate().unwrap();
+        let leaf =
+            CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        std::fs::write(dir.path().join("ca"), ca.pem()).unwrap();
+        std::fs::write(dir.path().join("cert"), leaf.pem()).unwrap();
+        std::fs::write(dir.path().join("key"), key.serialize_pem()).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn acceptor(&self) -> TlsAcceptor {
+        let certificate = |path: &Path| CertificateDer::from_pem_file(path).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate(&self.path("ca"))).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()
+            .unwrap();
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(
+                vec![certificate(&self.path("cert"))],
+                PrivateKeyDer::from_pem_file(self.path("key")).unwrap(),
+            )
+            .unwrap();
+        TlsAcceptor::from(Arc::new(config))
+    }
+
+    fn config(&self, server: SocketAddr) -> Config {
+        Config {
+            server: server.to_string(),
+            server_name: "localhost".into(),
+            transport: Transport::Auto,
+            connect_ms_max: 10_000,
+            request_ms_max: 10_000,
+            in_flight_max: 16,
+            tls: Tls { ca: self.path("ca"), certificate: self.path("cert"), key: self.path("key") },
+        }
+    }
+}
+
+async fn take(stream: &mut Stream) -> Option<RequestMessage> {
+    let length = stream.read_u32_le().await.ok()?;
+    let mut body = vec![0; length as usize];
+    stream.read_exact(&mut body).await.ok()?;
+    Some(from_cbor(&body, CONTROL_MESSAGE_BYTES_MAX).unwrap())
+}
+
+async fn give(stream: &mut Stream, id: u64, reply: Reply) {
+    let body = to_cbor(&ReplyMessage { id, reply });
+    stream.write_u32_le(u32::try_from(body.len()).unwrap()).await.unwrap();
+    stream.write_all(&body).await.unwrap();
+    stream.flush().await.unwrap();
+}
+
+fn welcome(version: u8) -> Reply {
+    Reply::Welcome(Welcome { version, session: SessionId([1; 16]), principal: "me".into(), opens_max: 5 })
+}
+
+/// Starts a server that says welcome and then follows the script.
+async fn serve<F, Fut>(pki: &Pki, version: u8, script: F) -> Config
+where
+    F: FnOnce(Stream) -> Fut + Send + 'static,
+    Fut: Future<Output = ()> + Send,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (acceptor, config) = (pki.acceptor(), pki.config(listener.local_addr().unwrap()));
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        // A client that does not trust us, or whom we do not trust, is not served.
+        let Ok(mut stream) = acceptor.accept(socket).await else { return };
+        let hello = take(&mut stream).await.unwrap();
+        assert!(matches!(hello.request, Request::Hello(_)) && hello.id == 0);
+        give(&mut stream, 0, welcome(version)).await;
+        script(stream).await;
+    });
+    config
+}
+
+fn refusal(status: Status) -> Reply {
+    Reply::Refused(Refusal { status, detail: "why".into(), retry_ms: Some(7) })
+}
+
+#[tokio::test]
+async fn replies_find_their_requests_in_any_order() {
+    let pki = Pki::new();
+    let config = serve(&pki, VERSION, |mut stream| async move {
+        let first = take(&mut stream).await.unwrap();
+        let second = take(&mut stream).await.unwrap();
+        let text = |message: &RequestMessage| match &message.request {
+            Request::ReadSymlink(place) => Reply::Symlink(place.path.clone()),
+            other => panic!("{other:?}"),
+        };
+        give(&mut stream, second.id, text(&second)).await;
+        give(&mut stream, first.id, text(&first)).await;
+        let third = take(&mut stream).await.unwrap();
+        give(&mut stream, third.id, refusal(Status::Busy)).await;
+        assert!(take(&mut stream).await.is_none(), "the client said goodbye");
+    })
+    .await;
+    let session = Session::connect(&config).await.unwrap();
+    assert_eq!((session.principal(), session.opens_max()), ("me", 5));
+    let place = |path: &str| Place { volume: "v".into(), path: path.into() };
+    let (a, b) = (place("a"), place("b"));
+    let (a, b) = tokio::join!(session.read_symlink(&a), session.read_symlink(&b));
+    assert_eq!((a.unwrap(), b.unwrap()), ("a".into(), "b".into()));
+    let error = session.ping().await.unwrap_err();
+    assert!(matches!(&error, Error::Refused(r) if r.retry == Some(Duration::from_millis(7))), "{error}");
+    session.close().await;
+}
+
+#[tokio::test]
+async fn both_ends_export_the_same_session_key() {
+    let pki = Pki::new();
+    let (sender, receiver) = oneshot::channel();
+    let config = serve(&pki, VERSION, |mut stream| async move {
+        let key = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None).unwrap();
+        sender.send(SessionKey::new(Secret::new(key))).unwrap();
+        take(&mut stream).await;
+    })
+    .await;
+    let session = Session::connect(&config).await.unwrap();
+    let open = OpenId([3; 16]);
+    assert_eq!(session.key().bind_secret(open), receiver.await.unwrap().bind_secret(open));
+}
+
+#[tokio::test]
+async fn a_server_that_breaks_the_protocol_ends_the_session() {
+    for (what, bytes) in [
+        ("an answer to nothing", to_cbor(&ReplyMessage { id: 99, reply: Reply::Done })),
+        ("no message", vec![0xff; 5]),
+        ("more than the limit", vec![0; CONTROL_MESSAGE_BYTES_MAX + 1]),
+    ] {
+        let pki = Pki::new();
+        let config = serve(&pki, VERSION, |mut stream| async move {
+            take(&mut stream).await.unwrap();
+            stream.write_u32_le(u32::try_from(bytes.len()).unwrap()).await.unwrap();
+            // The client may hang up before it has read all.
+            let _ = stream.write_all(&bytes).await;
+            let _ = stream.flush().await;
+            take(&mut stream).await;
+        })
+        .await;
+        let session = Session::connect(&config).await.unwrap();
+        let error = session.ping().await.unwrap_err();
+        assert!(matches!(error, Error::Ended { why: Ended::Misbehaved(_), .. }), "{what}: {error}");
+        assert!(session.ping().await.is_err(), "and stays ended");
+    }
+}
+
+#[tokio::test]
+async fn a_vanished_server_is_an_error_for_all_who_wait() {
+    let pki = Pki::new();
+    let config = serve(&pki, VERSION, |mut stream| async move {
+        take(&mut stream).await.unwrap();
+        take(&mut stream).await.unwrap();
+    })
+    .await;
+    let session = Session::connect(&config).await.unwrap();
+    let (a, b) = tokio::join!(session.ping(), session.ping());
+    for error in [a.unwrap_err(), b.unwrap_err()] {
+        assert!(matches!(error, Error::Ended { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn strangers_are_not_trusted() {
+    let (ours, theirs) = (Pki::new(), Pki::new());
+    // The server's certificate is of a CA we do not know.
+    let mut config = serve(&theirs, VERSION, |_| async {}).await;
+    config.tls = ours.config(([127, 0, 0, 1], 1).into()).tls;
+    let error = Session::connect(&config).await.unwrap_err().to_string();
+    assert!(error.contains("not trusted"), "{error}");
+    // The server does not know the CA of ours.
+    let mut config = serve(&theirs, VERSION, |_| async {}).await;
+    config.tls.certificate = ours.path("cert");
+    config.tls.key = ours.path("key");
+    let error = Session::connect(&config).await.unwrap_err().to_string();
+    assert!(error.contains("did not accept this client's certificate"), "{error}");
+    // The name is another.
+    let mut config = serve(&theirs, VERSION, |_| async {}).await;
+    config.server_name = "elsewhere".into();
+    assert!(Session::connect(&config).await.unwrap_err().to_string().contains("not trusted"));
+}
+
+#[tokio::test]
+async fn another_version_is_incompatible() {
+    let pki = Pki::new();
+    let config = serve(&pki, VERSION + 1, |_| async {}).await;
+    assert!(matches!(Session::connect(&config).await, Err(Error::Incompatible(_))));
+}
