@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Rig, Told, eventually, pattern};
+use common::{Msg, Rig, Told, eventually, pattern};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, RegionDescriptor, Status};
 use holdfast_shared::wire::data::Opcode;
@@ -261,4 +261,84 @@ fn an_idle_engine_sleeps() {
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert!(rig.gauge("polls_total") - polls <= 2, "an idle worker polls");
     assert_eq!(client.read(binding, 0, 3), (Status::Ok, b"abc".to_vec()), "and wakes");
+}
+
+/// DPL-16: the connection breaks after every possible number of operations; nothing is left, nothing is done twice.
+#[test]
+fn dpl_16_a_connection_that_breaks_anywhere_leaves_nothing() {
+    let rig = Rig::new();
+    let free = rig.gauge("message_buffers_free");
+    for count in 0..6 {
+        let (mut client, faults) = rig.silent_client();
+        faults.drop_at(count);
+        let open = rig.open(b"");
+        if let Some(Msg::Hello(hello)) = client.next() {
+            client.nonce = hello.nonce;
+            client.send_bind(&open, open.access, open.policy, |_| {});
+            client.next();
+        }
+    }
+    for count in 3..60 {
+        let (mut client, faults) = rig.client_and_faults();
+        let open = rig.open(&pattern(600_000, 1));
+        let binding = client.bind(&open).unwrap();
+        faults.drop_at(faults.effects() + count);
+        for n in 0..6 {
+            client.send_io(Opcode::Read, binding, n, 300_000, client.descriptor());
+            client.send_io(Opcode::Write, binding, n, 300_000, client.descriptor());
+            client.send_flush(binding);
+        }
+        // All 18 answers, or the end.
+        let answers = (0..18).take_while(|_| client.next().is_some()).count();
+        assert!(answers == 18 || client.channel.ended().is_some());
+    }
+    rig.wait_gauge("channels", 0);
+    rig.wait_gauge("bindings", 0);
+    rig.wait_gauge("half_open_channels", 0);
+    rig.wait_gauge("requests_in_flight", 0);
+    rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
+    rig.wait_gauge("message_buffers_free", free);
+    eventually("every binding is released", || rig.control.all_released());
+}
+
+#[test]
+fn workers_share_the_channels() {
+    let rig = Rig::with(|s| s.engine.workers = 3);
+    let content = pattern(300_000, 2);
+    let mut clients: Vec<_> = (0..7).map(|_| rig.bound(&content)).collect();
+    for (client, binding, open) in &mut clients {
+        assert_eq!(client.read(*binding, 0, 300_000), (Status::Ok, content.clone()));
+        assert_eq!(client.write(*binding, 5, &[1; 70_000]), (Status::Ok, 70_000));
+        assert_eq!(open.content()[5..70_005], [1; 70_000]);
+    }
+    drop(clients);
+    rig.wait_gauge("channels", 0);
+    rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
+    eventually("every binding is released", || rig.control.all_released());
+}
+
+#[test]
+fn a_stop_tells_the_clients_and_releases_the_bindings() {
+    let rig = Rig::new();
+    let mut bound = rig.bound(b"abc");
+    let mut waiting = rig.client();
+    rig.engine.stop();
+    bound.0.expect_end(Status::Unavailable);
+    waiting.expect_end(Status::Unavailable);
+    assert!(rig.control.all_released());
+    assert!(rig.engine.setup().is_none(), "nobody is taken any more");
+}
+
+#[test]
+fn a_channel_without_bindings_is_not_kept_for_ever() {
+    let rig = Rig::with(|s| s.limits.unbound_ms = 200);
+    let (mut client, binding, open) = rig.bound(b"abc");
+    let request = client.send_unbind(binding);
+    assert_eq!(client.answer(request).0, Status::Ok);
+    let again = client.bind(&open).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(400));
+    assert_eq!(client.read(again, 0, 3).0, Status::Ok, "it has a binding");
+    let request = client.send_unbind(again);
+    assert_eq!(client.answer(request).0, Status::Ok);
+    client.expect_end(Status::TimedOut);
 }

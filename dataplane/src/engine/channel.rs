@@ -18,10 +18,7 @@ use super::reply::Rare;
 use super::request::{Request, Step};
 use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, Registry, SPARE, Settings};
 use crate::gauges::Gauges;
-use holdfast_shared::auth::FrameKey;
 use holdfast_shared::types::Status;
-use holdfast_shared::wire::WireError;
-use holdfast_shared::wire::data::{Body, Frame};
 use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError};
 use holdfast_verbs::memory::{Buffer, Pool};
 use std::collections::VecDeque;
@@ -125,7 +122,7 @@ pub(crate) struct Conn {
     pub(super) ready: VecDeque<u16>,
     pub(super) rare: VecDeque<Rare>,
     pub(super) send_buffers: Vec<Buffer>,
-    receives: usize,
+    pub(super) receives: usize,
     /// Sends, Places and Fetches in flight, and how many may be.
     pub(super) ops: usize,
     pub(super) depth: usize,
@@ -134,10 +131,10 @@ pub(crate) struct Conn {
     pub(super) storage_ops: usize,
     /// Bulk buffers it has.
     pub(super) held: usize,
-    stuck_by: Option<Instant>,
+    pub(super) stuck_by: Option<Instant>,
     /// Since the last completion: no room at the transport.
     blocked: bool,
-    unpolled: bool,
+    pub(super) unpolled: bool,
     // For the worker's lists.
     pub(crate) hot: bool,
     pub(crate) listed: bool,
@@ -302,56 +299,6 @@ impl Conn {
         }
     }
 
-    /// A frame came. Everything is checked here, in this order: form, direction, sequence, MAC, credit.
-    fn receive(&mut self, cx: &mut Cx, buffer: Buffer, length: usize) {
-        let frame = match Frame::parse(&buffer[..length.min(buffer.len())]) {
-            Ok(frame) => frame,
-            Err(WireError::Version(_)) => return self.end(cx, Status::Version, "a frame of another version"),
-            Err(error) => {
-                tracing::debug!(peer = %self.peer, %error, "malformed frame");
-                return self.end(cx, Status::Protocol, "a malformed frame");
-            }
-        };
-        if frame.opcode.is_from_server() {
-            return self.end(cx, Status::Protocol, "a frame that only servers send");
-        }
-        if frame.header.sequence.get() != self.recv_sequence {
-            return self.end(cx, Status::BadMac, "a frame out of sequence");
-        }
-        self.recv_sequence += 1;
-        let number = frame.header.binding.get();
-        let binding = self.bindings.by_number(number);
-        let authentic = match binding {
-            Some((_, binding)) => binding.from_client.verify(&frame),
-            // No key: a bind, or a binding that is not there. Such a request is answered and does nothing.
-            None => number != 0 || FrameKey::unkeyed().verify(&frame),
-        };
-        if !authentic {
-            return self.end(cx, Status::BadMac, "a frame with a wrong MAC");
-        }
-        let slot = binding.map(|(slot, _)| slot);
-        if self.in_flight >= self.credits {
-            return self.end(cx, Status::OverCredit, "more requests than credits");
-        }
-        if let Body::Bind(body) = frame.body {
-            if number != 0 {
-                return self.end(cx, Status::Protocol, "a bind that names a binding");
-            }
-            cx.gauges.requests_bind_total.add(1);
-            let (body, request, key) = (*body, frame.header.request.get(), frame.payload);
-            if self.bind.is_some() {
-                return self.end(cx, Status::Protocol, "a bind before the last one was answered");
-            }
-            self.in_flight += 1;
-            self.start_bind(cx, request, &body, key);
-            self.post_receive(cx, buffer);
-            return;
-        }
-        let taken = Request::read(&frame, slot);
-        self.in_flight += 1;
-        self.admit(cx, taken, buffer);
-    }
-
     /// Posts a receive.
     pub(super) fn post_receive(&mut self, cx: &mut Cx, buffer: Buffer) {
         if self.phase == Phase::Open {
@@ -469,95 +416,5 @@ impl Conn {
 
     pub(crate) fn arm(&mut self) -> Armed {
         if self.unpolled { Armed::Pending } else { self.transport.arm() }
-    }
-
-    /// Ends the channel for a reason the peer is told, once.
-    pub(crate) fn end(&mut self, cx: &mut Cx, reason: Status, why: &'static str) {
-        if self.phase != Phase::Open {
-            return;
-        }
-        if reason == Status::Unavailable {
-            tracing::debug!(peer = %self.peer, why, "channel ends");
-        } else {
-            cx.gauges.refused_total.add(1);
-            tracing::warn!(peer = %self.peer, status = ?reason, why, "channel ends");
-        }
-        self.phase = Phase::Ending { by: cx.after(cx.settings.limits.linger_ms) };
-        self.bind_by = None;
-        // What is about bindings may still be said; binds are not answered any more.
-        self.rare.retain(|rare| matches!(rare, Rare::Hello | Rare::Notice { .. }));
-        self.rare.push_back(Rare::End(reason));
-        self.cancel_requests(cx);
-    }
-
-    /// Ends the channel without a word.
-    pub(crate) fn abort(&mut self, cx: &mut Cx, why: &'static str) {
-        if self.phase != Phase::Closed {
-            cx.gauges.refused_total.add(1);
-            tracing::warn!(peer = %self.peer, why, "channel cut off");
-            self.close(cx);
-        }
-    }
-
-    /// Cuts the peer and the device off from every buffer.
-    pub(super) fn close(&mut self, cx: &mut Cx) {
-        if self.phase == Phase::Closed {
-            return;
-        }
-        self.phase = Phase::Closed;
-        self.transport.close();
-        self.unpolled = true;
-        self.bind_by = None;
-        self.rare.clear();
-        self.cancel_requests(cx);
-    }
-
-    /// The earliest moment at which [`Conn::on_deadline`] has something to do.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        let ending = match self.phase {
-            Phase::Open => self.bind_by,
-            Phase::Ending { by } => Some(by),
-            Phase::Closed => None,
-        };
-        let stuck = if self.phase == Phase::Closed { None } else { self.stuck_by };
-        let drain = if self.draining > 0 { self.drain_deadline() } else { None };
-        [ending, stuck, drain].into_iter().flatten().min()
-    }
-
-    pub(crate) fn on_deadline(&mut self, cx: &mut Cx) {
-        let over = |at: Option<Instant>| at.is_some_and(|at| at <= cx.now);
-        match self.phase {
-            Phase::Ending { by } if by <= cx.now => self.close(cx),
-            Phase::Closed => {}
-            _ if over(self.stuck_by) && self.ops > 0 => self.abort(cx, "the peer makes no progress"),
-            _ if over(self.drain_deadline()) => self.abort(cx, "operations of a fenced binding do not end"),
-            Phase::Open if over(self.bind_by) && self.bind.is_none() => {
-                self.end(cx, Status::TimedOut, "no bind in time");
-            }
-            // A bind is with control: its answer decides.
-            Phase::Open if over(self.bind_by) => {
-                self.bind_by = Some(cx.after(cx.settings.limits.bind_deadline_ms));
-            }
-            _ => {}
-        }
-    }
-
-    pub(crate) fn is_finished(&self) -> bool {
-        self.phase == Phase::Closed
-            && !self.unpolled
-            && self.ops == 0
-            && self.receives == 0
-            && self.storage_ops == 0
-    }
-
-    /// The end: descriptors are closed, control is told of each binding.
-    pub(crate) fn release(mut self, cx: &mut Cx) {
-        self.release_bindings(cx);
-        let in_flight = self.requests.iter().filter(|request| request.is_some()).count();
-        cx.gauges.requests_in_flight.sub(in_flight as u64);
-        if !self.ever_bound {
-            cx.gauges.half_open_channels.sub(1);
-        }
-        cx.gauges.channels.sub(1);
     }
 }

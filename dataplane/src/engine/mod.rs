@@ -9,10 +9,13 @@
 //! | module | owns |
 //! |---|---|
 //! | `worker` | the loop: wake-ups, fairness, sleeping, deadlines |
-//! | `channel` | one channel: sequence, credits, receives, its end |
+//! | `channel` | one channel: its operations, buffers and turns |
+//! | `receive` | frames that come in |
+//! | `ending` | why and how a channel ends |
 //! | `bind` | hello and bind |
 //! | `binding` | keys and state of the bindings of a channel |
-//! | `request` | one read, write or flush |
+//! | `request` | one request, from its checks to its reply |
+//! | `transfer` | the bytes of reads and writes |
 //! | `reply` | frames that go out |
 //! | `fence` | draining a binding |
 //! | `backend` | file access and storage threads |
@@ -22,10 +25,13 @@ mod backend;
 mod bind;
 mod binding;
 mod channel;
+mod ending;
 mod fence;
 mod inbox;
+mod receive;
 mod reply;
 mod request;
+mod transfer;
 mod worker;
 
 pub use backend::{FileIo, KernelFile, Opener, status_of};
