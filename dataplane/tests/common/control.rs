@@ -172,8 +172,6 @@ impl ControlPort for FakeControl {
         let registration = self.registration.load(Ordering::SeqCst);
         if let Some(engine) = self.engine.get().and_then(Weak::upgrade) {
             engine.redeemed(Redemption { ticket, registration, result, fd });
-            // The last reference must not be dropped by a worker, which it would wait for.
-            std::mem::forget(engine);
         }
         Ok(())
     }

@@ -97,6 +97,13 @@ impl Rig {
     }
 }
 
+impl Drop for Rig {
+    // Ends the workers while there is still a reference: none of them may be the one that drops the engine.
+    fn drop(&mut self) {
+        self.engine.stop();
+    }
+}
+
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !done() {
