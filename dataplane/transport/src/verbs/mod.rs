@@ -14,6 +14,8 @@
 //! * The device reports in order, and of a batch only what matters: the last request, Fetches and long transfers ask
 //!   for a completion, the others complete together with the next that does.
 //! * The device that answers a forbidden Place or Fetch tells its owner only that the channel has ended.
+//! * A process that dies may lose its memory before its connection: a Place under way is then refused, as if it had been
+//!   forbidden, and that is what the channel ends with.
 //! * A Send that finds no Recv at the peer for a few milliseconds ends the channel: users count credits.
 
 mod channel;

@@ -55,7 +55,10 @@ pub(crate) fn a_killed_process_is_noticed_and_leaves_nothing_behind<F: Listening
     drive(&mut [&mut end], |ends| {
         ends[0].has_ended() && ends[0].pool.available() + ends[0].done.len() == ends[0].pool.capacity()
     });
-    assert_eq!(end.channel.ended(), Some(ChannelError::Disconnected));
+    // The kernel may take a dead process's memory from the device before its queue pair.
+    let why = end.channel.ended().unwrap();
+    let was_memory = F::NAME == "verbs" && matches!(why, ChannelError::Transport(_));
+    assert!(why == ChannelError::Disconnected || was_memory, "{why:?}");
     drop(end);
     assert_eq!(pool.available(), pool.capacity());
 }
