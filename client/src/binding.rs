@@ -75,7 +75,7 @@ impl Open {
             volume: grant.volume,
             policy: grant.policy,
             access,
-            secret: self.secret(),
+            secret: self.bind_secret(),
         };
         let core = bind::bind(&channel.shared, &request).await?;
         Ok(Binding::new(core, channel, Some(self.clone())))

@@ -162,8 +162,9 @@ impl Open {
         self.inner.grant.lock().clone()
     }
 
-    /// The secret that proves the resume key.
-    pub(crate) fn secret(&self) -> &BindSecret {
+    /// The secret that proves the resume key. Whoever has both can bind this open: give it only to whom you would give
+    /// the file.
+    pub fn bind_secret(&self) -> &BindSecret {
         &self.inner.secret
     }
 

@@ -156,7 +156,8 @@ pub(crate) struct Serve {
 
 /// Copy files and trees to or from a volume
 ///
-/// A file gets its name only when it is complete and flushed. Permission bits and modification times are kept, symbolic
+/// A file gets its name only when it is complete and flushed; until then it is `.holdfast-*.part` beside it, which an
+/// interrupted copy removes, and only a killed one leaves behind. Permission bits and modification times are kept, symbolic
 /// links copied as links (with -r), special files skipped with a warning. Into a directory that exists, a source is
 /// copied under its own name.
 #[derive(Args, Debug)]
