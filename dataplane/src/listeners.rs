@@ -6,6 +6,7 @@ use anyhow::Context;
 use holdfast_shared::wire::service::{Endpoint, TransportKind};
 use holdfast_transport::{Listener, tcp, verbs};
 use holdfast_verbs::Device;
+use holdfast_verbs::memory::Pool;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -31,13 +32,13 @@ impl Listeners {
     /// Listens wherever the configuration says.
     ///
     /// # Errors
-    /// An address that can't be had; no RDMA device when verbs is `on`; nowhere to listen at all.
-    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+    /// An address that can't be had; memory that can't be registered; no RDMA device when verbs is `on`; nowhere to listen at all.
+    pub fn bind(config: &Config, pools: &[Pool]) -> anyhow::Result<Self> {
         let mut all = Self::default();
         match config.verbs.enabled {
             Enabled::Off => {}
             enabled => {
-                if let Err(error) = all.bind_verbs(config) {
+                if let Err(error) = all.bind_verbs(config, pools) {
                     if enabled == Enabled::On {
                         return Err(error);
                     }
@@ -56,10 +57,13 @@ impl Listeners {
     }
 
     /// Without addresses of its own, one listener for all devices: so the pools are registered once for each of them.
-    fn bind_verbs(&mut self, config: &Config) -> anyhow::Result<()> {
+    fn bind_verbs(&mut self, config: &Config, pools: &[Pool]) -> anyhow::Result<()> {
         let listen = |address: Ipv4Addr| {
-            verbs::VerbsListener::bind((address, config.verbs.port).into())
-                .with_context(|| format!("cannot listen on verbs {address}:{}", config.verbs.port))
+            let mut listener = verbs::VerbsListener::bind((address, config.verbs.port).into())
+                .with_context(|| format!("cannot listen on verbs {address}:{}", config.verbs.port))?;
+            // Here, where a memlock limit that is too low can still be told, and tcp be used instead.
+            listener.register(pools).context("cannot register the buffer pools with the RDMA device")?;
+            anyhow::Ok(listener)
         };
         let (mut addresses, mut listeners) = (Vec::new(), Vec::new());
         if config.verbs.addresses.is_empty() {

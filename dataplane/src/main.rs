@@ -47,10 +47,13 @@ fn main() -> anyhow::Result<()> {
     // Before any thread is there: all of them inherit it.
     let mut signals = signals()?;
     let config = Config::load(&Arguments::parse().config)?;
-    let mut listeners = Listeners::bind(&config)?;
-    let settings = settings(&config)?;
+    let port = LinkPort::new().context("cannot make the link's queue")?;
+    let engine = Engine::start(settings(&config)?, Arc::clone(&port) as _, KernelFile::opener())
+        .context("cannot start the engine")?;
+    engine.gauges().set_heap_source(heap);
+    let mut listeners = Listeners::bind(&config, engine.pools())?;
     let blob = ServiceBlob {
-        instance: settings.instance,
+        instance: engine.settings().instance,
         boot_ms: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .ok()
@@ -59,12 +62,8 @@ fn main() -> anyhow::Result<()> {
         version_min: data::VERSION,
         version_max: data::VERSION,
         endpoints: listeners.endpoints(),
-        transfer_max: settings.limits.transfer_bytes_max,
+        transfer_max: engine.settings().limits.transfer_bytes_max,
     };
-    let port = LinkPort::new().context("cannot make the link's queue")?;
-    let engine = Engine::start(settings, Arc::clone(&port) as _, KernelFile::opener())
-        .context("cannot start the engine")?;
-    engine.gauges().set_heap_source(heap);
     listeners.start(&engine)?;
     let ready = ready_line(&listeners);
     let serving = {

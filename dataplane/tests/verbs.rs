@@ -1,5 +1,5 @@
 //! The engine over real verbs. Without an RDMA device there is nothing to run: the test says so, and fails if
-//! `HOLDFAST_REQUIRE_VERBS` is set.
+//! `HOLDFAST_REQUIRE_RDMA` is set.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
 
 mod common;
@@ -29,7 +29,7 @@ fn the_engine_serves_over_verbs() {
     let addresses: Vec<_> =
         Device::list().unwrap().iter().flat_map(|device| device.ipv4_addresses().unwrap()).collect();
     let Some(address) = addresses.first() else {
-        assert!(std::env::var_os("HOLDFAST_REQUIRE_VERBS").is_none(), "there is no RDMA device");
+        assert!(std::env::var_os("HOLDFAST_REQUIRE_RDMA").is_none(), "there is no RDMA device");
         println!("skipped: no RDMA device here");
         return;
     };

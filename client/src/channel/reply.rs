@@ -66,25 +66,26 @@ impl State {
         let Purpose::Bind(wait) = self.purpose(frame)? else {
             return Err(Ended::Misbehaved("a bind reply to another request"));
         };
-        // The proof covers what counts; there is no key before it has been checked.
-        if !FrameKey::unkeyed().verify(frame) {
-            return Err(Ended::BadMac);
-        }
-        self.nonce = reply.nonce;
         let outcome = match status(reply.status.get())? {
             Status::Ok => {
                 let binding = Arc::new(wait.answer(frame.header.binding.get(), reply)?);
+                // The proof gave the key, and the key vouches for what the proof does not cover.
+                if !binding.to_client.verify(frame) {
+                    return Err(Ended::BadMac);
+                }
                 if self.bindings.insert(binding.number, Arc::clone(&binding)).is_some() {
                     return Err(Ended::Misbehaved("a binding's number given twice"));
                 }
                 self.credits_are(usize::from(reply.credits.get()), credits);
                 Ok(Done::Bound(binding))
             }
+            _ if !FrameKey::unkeyed().verify(frame) => return Err(Ended::BadMac),
             refused => {
                 self.credits_are(self.credits_total, credits);
                 Err(Failure::Refused { status: refused, count: 0 })
             }
         };
+        self.nonce = reply.nonce;
         drop(wait); // the next bind may begin: it finds the new nonce
         self.settle(frame.header.request.get(), outcome);
         Ok(())

@@ -15,7 +15,7 @@ use super::Ticket;
 use super::binding::Binding;
 use super::channel::{Conn, Cx, Phase};
 use super::reply::{BindAnswered, Rare};
-use holdfast_shared::auth::MacPolicy;
+use holdfast_shared::auth::{FrameKey, MacPolicy};
 use holdfast_shared::types::{Access, RESUME_KEY_BYTES_MAX, Status};
 use holdfast_shared::wire::data::Bind;
 use holdfast_shared::wire::link::{Grant, LinkBinding, Redeem, RedeemResult};
@@ -147,6 +147,7 @@ impl Conn {
             access: grant.access,
             policy: grant.policy.number(),
             proof: grant.proof,
+            key: FrameKey::new(&grant.keys.to_client, grant.policy),
         };
         self.rare.push_back(Rare::BindReply { request, answer });
     }

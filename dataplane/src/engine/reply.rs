@@ -28,10 +28,18 @@ pub(crate) enum Rare {
 }
 
 /// What a bind came to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum BindAnswered {
     Refused(Status),
-    Granted { number: u32, handle: HandleId, epoch: u64, access: Access, policy: u8, proof: [u8; 32] },
+    Granted {
+        number: u32,
+        handle: HandleId,
+        epoch: u64,
+        access: Access,
+        policy: u8,
+        proof: [u8; 32],
+        key: FrameKey,
+    },
 }
 
 impl Conn {
@@ -76,26 +84,28 @@ impl Conn {
                     verifier: 0.into(),
                     reserved2: [0; 8],
                 };
-                // The frame of a granted bind names the new binding; its MAC is zero all the same: the proof covers what
-                // it says, and the client has no key before it has checked that.
-                let mut binding = 0;
-                match *answer {
-                    BindAnswered::Refused(status) => body.status.set(status.number()),
-                    BindAnswered::Granted { number, handle, epoch, access, policy, proof } => {
-                        binding = number;
+                // The frame of a granted bind names the new binding and is signed with its key: the client checks the
+                // proof, derives the key from what was proven, and then knows that the rest is right too.
+                let (binding, key) = match answer {
+                    BindAnswered::Refused(status) => {
+                        body.status.set(status.number());
+                        (0, &unkeyed)
+                    }
+                    BindAnswered::Granted { number, handle, epoch, access, policy, proof, key } => {
                         body.credits.set(self.credits);
                         body.access = access.bits();
-                        body.policy = policy;
+                        body.policy = *policy;
                         body.handle = handle.0;
-                        body.epoch.set(epoch);
-                        body.proof = proof;
+                        body.epoch.set(*epoch);
+                        body.proof = *proof;
                         body.verifier.set(cx.settings.verifier);
+                        (*number, key)
                     }
-                }
+                };
                 self.send_frame(cx, Token::Send, |bytes, sequence| {
                     let mut w = Writer::new(bytes, Opcode::BindReply, 0, binding, *request, sequence)?;
                     w.body(&body)?;
-                    Ok(w.finish(|covered, mac| unkeyed.sign(covered, mac)))
+                    Ok(w.finish(|covered, mac| key.sign(covered, mac)))
                 });
                 self.in_flight = self.in_flight.saturating_sub(1);
             }

@@ -42,6 +42,7 @@ impl Parts {
 }
 
 pub struct Client {
+    bind_reply: Vec<u8>,
     pub channel: Box<dyn Channel>,
     pool: Pool,
     done: Vec<Completion>,
@@ -76,6 +77,7 @@ impl Client {
             credits: 0,
             sequence: 0,
             expected: 0,
+            bind_reply: Vec::new(),
             bound: Vec::new(),
             next_request: 1,
             memory,
@@ -151,6 +153,8 @@ impl Client {
                 assert_eq!(binding, 0, "an unknown binding");
                 assert!(FrameKey::unkeyed().verify(&frame));
             }
+            // The key comes with the answer: `bind` checks it.
+            (_, Opcode::BindReply) if binding != 0 => self.bind_reply = bytes.to_vec(),
             _ => assert!(FrameKey::unkeyed().verify(&frame)),
         }
         let status = |n: u16| Status::from_number(n).unwrap();
@@ -242,10 +246,12 @@ impl Client {
         assert!(open.secret.server_proof_is_right(&answer, &body.proof), "the server's proof");
         self.credits = body.credits.get();
         let keys = open.secret.channel_keys(&answer);
+        let key = FrameKey::new(&keys.to_client, policy);
+        assert!(key.verify(&Frame::parse(&self.bind_reply).unwrap()), "the bind reply's MAC");
         self.bound.push(Bound {
             number: binding,
             out: FrameKey::new(&keys.to_server, policy),
-            back: FrameKey::new(&keys.to_client, policy),
+            back: key,
             payload_out: PayloadKey::new(&keys.to_server, policy),
             payload_back: PayloadKey::new(&keys.to_client, policy),
         });

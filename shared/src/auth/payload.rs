@@ -69,7 +69,7 @@ impl PayloadKey {
     ///
     /// # Errors
     /// [`PayloadError`] if the digest is missing or wrong, or is there under a policy without one; under
-    /// `sealed` the payload is then zeroed or left encrypted, never plain.
+    /// `sealed` the payload is then zeroed.
     pub fn check(
         &self,
         sequence: u64,
@@ -82,10 +82,13 @@ impl PayloadKey {
                 .open_separate_gather(nonce(sequence), Aad::from(&*payload), &[], tag, &mut [])
                 .map_err(|_| PayloadError),
             (Mode::Seal(key), Some(tag)) => {
-                let mut plain = vec![0; payload.len()];
-                key.open_separate_gather(nonce(sequence), Aad::empty(), payload, tag, &mut plain)
-                    .map_err(|_| PayloadError)?;
-                payload.copy_from_slice(&plain);
+                let opened =
+                    key.open_in_place_separate_tag(nonce(sequence), Aad::empty(), tag, payload).is_ok();
+                if !opened {
+                    // The library may have decrypted what turned out to be forged.
+                    payload.fill(0);
+                    return Err(PayloadError);
+                }
                 Ok(())
             }
             _ => Err(PayloadError),

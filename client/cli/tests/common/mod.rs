@@ -1,7 +1,9 @@
 //! A real deployment for the process tests: `holdfast init`, `holdfast serve`, both planes as processes of their own.
 //!
 //! Every test file compiles this module and uses a part of it.
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
+
+pub mod raw;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -14,17 +16,24 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// A program of ours, beside the one under test.
 pub fn program(name: &str) -> PathBuf {
     let here = Path::new(env!("CARGO_BIN_EXE_holdfast")).with_file_name(name);
-    assert!(here.exists(), "{} is not built: run ci/test, or `cargo build --workspace --bins` first", here.display());
+    assert!(
+        here.exists(),
+        "{} is not built: run ci/test, or `cargo build --workspace --bins` first",
+        here.display()
+    );
     here
 }
 
 /// The address of an RDMA device, if there is one. Absence is a failure where HOLDFAST_REQUIRE_RDMA is 1.
 pub fn rdma_address() -> Option<String> {
-    let found = holdfast_verbs::Device::list()
-        .ok()
-        .and_then(|devices| devices.iter().filter_map(|d| d.ipv4_addresses().ok()).flatten().next().map(|a| a.to_string()));
+    let found = holdfast_verbs::Device::list().ok().and_then(|devices| {
+        devices.iter().filter_map(|d| d.ipv4_addresses().ok()).flatten().next().map(|a| a.to_string())
+    });
     if found.is_none() {
-        assert!(std::env::var("HOLDFAST_REQUIRE_RDMA").as_deref() != Ok("1"), "HOLDFAST_REQUIRE_RDMA=1, and no RDMA device");
+        assert!(
+            std::env::var("HOLDFAST_REQUIRE_RDMA").as_deref() != Ok("1"),
+            "HOLDFAST_REQUIRE_RDMA=1, and no RDMA device"
+        );
         eprintln!("skipped over verbs: no RDMA device");
     }
     found
@@ -40,10 +49,8 @@ pub fn transports() -> Vec<&'static str> {
 pub struct Wish {
     /// Replaces `mac_policy = "header"`.
     pub mac_policy: Option<&'static str>,
-    /// Replaces parts of control.toml.
-    pub control: Vec<(&'static str, &'static str)>,
-    /// Replaces parts of dataplane.toml.
-    pub dataplane: Vec<(&'static str, &'static str)>,
+    /// Stands at the end of dataplane.toml.
+    pub dataplane: &'static str,
 }
 
 /// A running server in a directory of its own. Dropping it stops both planes and removes the directory.
@@ -70,19 +77,17 @@ impl Deployment {
         run(Command::new(program("holdfast"))
             .args(["init", "--port", "0", "--address", &address, "--dir"])
             .arg(&home));
-        let edit = |file: &str, changes: &[(&str, &str)]| {
+        let edit = |file: &str, change: &dyn Fn(String) -> String| {
             let path = home.join(file);
-            let mut text = std::fs::read_to_string(&path).unwrap();
-            for (from, to) in changes {
-                assert!(text.contains(from), "{file} has no '{from}':\n{text}");
-                text = text.replace(from, to);
-            }
-            std::fs::write(&path, text).unwrap();
+            let text = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, change(text)).unwrap();
         };
-        edit("control.toml", &wish.control);
-        edit("dataplane.toml", &wish.dataplane);
+        edit("dataplane.toml", &|text| text + "\n" + wish.dataplane);
         if let Some(policy) = wish.mac_policy {
-            edit("control.toml", &[("mac_policy = \"header\"", &format!("mac_policy = \"{policy}\""))]);
+            edit("control.toml", &|text| {
+                assert!(text.contains("mac_policy = \"header\""), "{text}");
+                text.replace("mac_policy = \"header\"", &format!("mac_policy = \"{policy}\""))
+            });
         }
         program("holdfast-control");
         program("holdfast-dataplane");
@@ -100,7 +105,8 @@ impl Deployment {
         let mut listen = None;
         for line in lines.by_ref() {
             let line = line.unwrap();
-            let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line}: {e}"));
+            let value: serde_json::Value =
+                serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line}: {e}"));
             if value["ready"] == "control" {
                 listen = value["listen"][0].as_str().map(str::to_owned);
             }
@@ -157,7 +163,8 @@ impl Deployment {
 
     /// Runs `holdfast ARGS`, which must succeed, and gives its standard output.
     pub fn ok(&self, args: &[&str]) -> String {
-        let output = finish(self.holdfast(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let output =
+            finish(self.holdfast(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
         assert!(
             output.status.success(),
             "holdfast {args:?}: {}\n{}\n---- server:\n{}",
@@ -170,14 +177,16 @@ impl Deployment {
 
     /// Runs `holdfast ARGS`, which must fail, and gives its standard error.
     pub fn fails(&self, args: &[&str]) -> String {
-        let output = finish(self.holdfast(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let output =
+            finish(self.holdfast(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
         assert!(!output.status.success(), "holdfast {args:?} should have failed");
         String::from_utf8(output.stderr).unwrap()
     }
 
     /// All gauges, `control.NAME` and `dataplane.NAME`, from the admin socket.
     pub fn gauges(&self) -> std::collections::BTreeMap<String, u64> {
-        let mut stream = std::os::unix::net::UnixStream::connect(self.home().join("state/admin.sock")).unwrap();
+        let mut stream =
+            std::os::unix::net::UnixStream::connect(self.home().join("state/admin.sock")).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         std::io::Write::write_all(&mut stream, b"{\"get\":\"gauges\"}\n").unwrap();
         let mut line = String::new();
@@ -216,7 +225,9 @@ impl Deployment {
         let start = Instant::now();
         loop {
             for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-                let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+                let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
+                    continue;
+                };
                 let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
                 // pid (comm) state ppid ...
                 let Some((head, tail)) = stat.rsplit_once(") ") else { continue };

@@ -144,9 +144,8 @@ impl Server {
         if let Some(digest) = digest {
             w.digest(&digest).unwrap();
         }
-        let keyed = opcode != Opcode::BindReply;
         let key = match self.keys.get(&binding) {
-            Some(keys) if keyed => FrameKey::new(&keys.to_client, self.policy()),
+            Some(keys) => FrameKey::new(&keys.to_client, self.policy()),
             _ => FrameKey::unkeyed(),
         };
         let bad = self.script.lock().bad_mac && opcode == Opcode::Reply;
