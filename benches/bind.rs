@@ -1,12 +1,14 @@
 //! Binds per second that the proofs allow: the server's share (open the key, recompute, check, derive) and the
 //! client's.
 
-use criterion::{Criterion, Throughput, black_box, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use holdfast_shared::auth::{
     BindAnswer, BindTranscript, ChannelIdentity, Keyring, MacPolicy, ResumeKey, Secret, SessionKey,
 };
 use holdfast_shared::types::{Access, ClusterId, HandleId, OpenId, ProcessId, VolumeId};
 use holdfast_shared::wire::service::TransportKind;
+use std::hint::black_box;
+use std::time::Duration;
 
 fn bind(c: &mut Criterion) {
     let cluster = ClusterId([1; 16]);
@@ -14,7 +16,8 @@ fn bind(c: &mut Criterion) {
     let open = OpenId([3; 16]);
     let volume = VolumeId([4; 16]);
     let session = SessionKey::new(Secret::new([5; 32]));
-    let resume_key = ring.seal(&ResumeKey { cluster, volume, open, opened_ms: 1, process: ProcessId(1) }, [6; 12]);
+    let resume_key =
+        ring.seal(&ResumeKey { cluster, volume, open, opened_ms: 1, process: ProcessId(1) }, [6; 12]);
     let channel = ChannelIdentity { transport: TransportKind::Verbs, client: [7; 20], server: [8; 20] };
     let transcript = BindTranscript {
         channel: &channel,
@@ -28,7 +31,8 @@ fn bind(c: &mut Criterion) {
     };
     let secret = session.bind_secret(open);
     let proof = secret.client_proof(&transcript.digest());
-    let answer = BindAnswer { handle: HandleId([12; 16]), epoch: 1, access: Access::READ, policy: MacPolicy::Header };
+    let answer =
+        BindAnswer { handle: HandleId([12; 16]), epoch: 1, access: Access::READ, policy: MacPolicy::Header };
 
     let mut group = c.benchmark_group("bind");
     group.throughput(Throughput::Elements(1));
@@ -60,5 +64,9 @@ fn bind(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, bind);
+criterion_group! {
+    name = benches;
+    config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    targets = bind
+}
 criterion_main!(benches);

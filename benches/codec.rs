@@ -1,9 +1,11 @@
 //! What the frames of one request cost in CPU: building, taking apart, MAC, payload protection.
 
-use criterion::{BatchSize, Criterion, Throughput, black_box, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use holdfast_shared::auth::{DirectionKeys, FrameKey, MacPolicy, PayloadKey, Secret};
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_shared::wire::data::{Frame, Io, Opcode, Reply, Writer};
+use std::hint::black_box;
+use std::time::Duration;
 
 fn keys() -> DirectionKeys {
     DirectionKeys { frame: Secret::new([1; 32]), payload: Secret::new([2; 32]) }
@@ -38,7 +40,8 @@ fn codec(c: &mut Criterion) {
     group.bench_function("reply, build, Header", |b| {
         b.iter(|| {
             let mut w = Writer::new(black_box(&mut buffer), Opcode::Reply, 0, 1, 7, 9).expect("room");
-            w.body(&Reply { status: 0.into(), credits: 1.into(), count: 4096.into(), verifier: 5.into() }).expect("body");
+            w.body(&Reply { status: 0.into(), credits: 1.into(), count: 4096.into(), verifier: 5.into() })
+                .expect("body");
             w.finish(|covered, mac| key.sign(covered, mac))
         });
     });
@@ -57,5 +60,9 @@ fn codec(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, codec);
+criterion_group! {
+    name = benches;
+    config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    targets = codec
+}
 criterion_main!(benches);

@@ -6,8 +6,8 @@
 //! ```
 
 use holdfast_transport::{
-    Armed, Channel, Completion, Kind, Listener, Operation, RegionDescriptor, Registration, RemoteAccess, Setup, memory, tcp,
-    verbs,
+    Armed, Channel, Completion, Kind, Listener, Operation, RegionDescriptor, Registration, RemoteAccess,
+    Setup, memory, tcp, verbs,
 };
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use rustix::event::epoll;
@@ -95,7 +95,8 @@ pub struct Peer {
 impl Peer {
     fn new(end: End, process: Option<Child>) -> Self {
         let region = Region::new(BULK_BYTES).expect("memory");
-        let registration = end.channel.registrar().register(region, RemoteAccess::FetchAndPlace).expect("registered");
+        let registration =
+            end.channel.registrar().register(region, RemoteAccess::FetchAndPlace).expect("registered");
         Self { end, registration, process }
     }
 
@@ -258,9 +259,9 @@ pub fn peer_main() -> bool {
     let mut setup = Some(setup);
     let listener: Option<Box<dyn Listener>> = match kind.as_str() {
         "tcp" => Some(Box::new(tcp::TcpListener::bind(([127, 0, 0, 1], 0).into()).expect("listening"))),
-        _ => rdma_address().map(|ip| {
-            let pools = setup.as_ref().map(|s| s.pools.clone()).unwrap_or_default();
-            Box::new(verbs::VerbsListener::bind(SocketAddr::new(ip, 0), pools).expect("listening")) as Box<dyn Listener>
+        _ => super::rdma_address().map(|ip| {
+            Box::new(verbs::VerbsListener::bind(SocketAddr::new(ip, 0)).expect("listening"))
+                as Box<dyn Listener>
         }),
     };
     let Some(mut listener) = listener else {
@@ -273,9 +274,4 @@ pub fn peer_main() -> bool {
     let mut driver = Driver::new(End::new(channel, messages), bulk);
     while driver.run() {}
     true
-}
-
-fn rdma_address() -> Option<std::net::IpAddr> {
-    let devices = holdfast_verbs::Device::list().ok()?;
-    devices.iter().filter_map(|d| d.ipv4_addresses().ok()).flatten().next().map(Into::into)
 }

@@ -1,0 +1,39 @@
+//! Reads and writes through the client library against a real server: both planes are processes of their own. 4 KiB and
+//! 1 MiB, one and eight requests in flight, over tcp and verbs. The file is in the page cache.
+//!
+//! Writes of 4 KiB travel inside their request; those of 1 MiB are fetched by the server.
+
+mod common;
+
+use common::deploy::{Client, Server, Way};
+use criterion::{Criterion, Throughput};
+use holdfast_client::Transport;
+
+const SIZES: [(&str, usize); 2] = [("4 KiB", 4096), ("1 MiB", 1 << 20)];
+
+fn endtoend(c: &mut Criterion, server: &Server, name: &str, transport: Transport) {
+    let mut client = Client::connect(server, transport);
+    let mut group = c.benchmark_group(format!("endtoend/{name}"));
+    for way in [Way::Read, Way::Write] {
+        for (label, size) in SIZES {
+            group.throughput(Throughput::Bytes(size as u64));
+            for depth in [1, 8] {
+                let id = format!("{way} {label} depth {depth}");
+                group.bench_function(id, |b| b.iter_custom(|n| client.run(way, size, depth, n)));
+            }
+        }
+    }
+    group.finish();
+}
+
+fn main() {
+    let mut criterion = common::short();
+    let server = Server::start();
+    endtoend(&mut criterion, &server, "tcp", Transport::Tcp);
+    if common::rdma_address().is_some() {
+        endtoend(&mut criterion, &server, "verbs", Transport::Verbs);
+    } else {
+        common::skipped("endtoend/verbs");
+    }
+    criterion.final_summary();
+}
