@@ -1,15 +1,15 @@
 //! [`Open`]: one granted access to one file, and what is needed to bind channels to it.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::requests::Changes;
 use crate::session::{Session, unexpected};
 use holdfast_shared::auth::BindSecret;
-use holdfast_shared::types::{Access, CreateId, Disposition, OpenId, ShareMode};
+use holdfast_shared::types::{Access, CreateId, Disposition, OpenId, ShareMode, Status};
 use holdfast_shared::wire::control::{self, Attributes, KeyGrant, Place, Reply, Request, Target};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How to open a file.
 ///
@@ -98,11 +98,16 @@ struct Inner {
     closed: AtomicBool,
 }
 
+/// Between two attempts to open while the server is not ready.
+const AGAIN: Duration = Duration::from_millis(500);
+const AGAIN_MIN: Duration = Duration::from_millis(20);
+
 impl Session {
     /// Opens a file.
     ///
     /// # Errors
-    /// As any request; [`holdfast_shared::types::Status::ShareConflict`] while another open denies the access.
+    /// As any request; [`Status::ShareConflict`] while another open denies the access; [`Status::Unavailable`] if a server
+    /// that was restarted does not become ready for as long as a connection may take.
     pub async fn open(&self, place: &Place, options: &OpenOptions) -> Result<Open> {
         let request = control::Open {
             create_id: CreateId::from_random(crate::random()?),
@@ -113,8 +118,22 @@ impl Session {
             mode: options.mode & 0o7777,
             hold_ms: options.hold.map(|hold| u64::try_from(hold.as_millis()).unwrap_or(u64::MAX)),
         };
-        let Reply::Opened(opened) = self.call(Request::Open(request)).await? else {
-            return Err(unexpected("open"));
+        // A server that has just restarted asks for patience while it makes sure of its data plane. The create id makes the
+        // repeated request the same one.
+        let deadline = Instant::now() + self.config().connect_max();
+        let opened = loop {
+            match self.call(Request::Open(request.clone())).await {
+                Ok(Reply::Opened(opened)) => break opened,
+                Ok(_) => return Err(unexpected("open")),
+                Err(Error::Refused(refusal)) if refusal.status == Status::Unavailable => {
+                    let wait = refusal.retry.unwrap_or(AGAIN).clamp(AGAIN_MIN, AGAIN);
+                    if Instant::now() + wait > deadline {
+                        return Err(Error::Refused(refusal));
+                    }
+                    tokio::time::sleep(wait).await;
+                }
+                Err(error) => return Err(error),
+            }
         };
         Ok(Open {
             inner: Arc::new(Inner {

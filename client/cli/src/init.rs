@@ -113,6 +113,71 @@ fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
+/// Every limit of control with its default, to be uncommented.
+const CONTROL_LIMITS: &str = "
+[limits]
+# Beyond a count, a request is refused with TooMany, and a connection is closed. The values shown are the defaults.
+#sessions = 4096
+#sessions_per_principal = 1024
+#opens = 262144
+#opens_per_principal = 131072
+#opens_per_session = 65536
+#bindings_per_open = 64
+# File operations under way, and threads for them.
+#operations = 1024
+#file_threads = 16
+#requests_per_session = 32
+# Bind requests under way.
+#binds = 256
+# Connections whose handshake is not finished, in all and from one address, and the time they have, milliseconds.
+#half_open_handshakes = 128
+#half_open_per_address = 32
+#handshake_ms = 10000
+# Time for a peer to finish a message or take an answer, milliseconds; silence before the kernel asks for it, seconds.
+#message_ms = 30000
+#keepalive_s = 30
+# Time for a fence before it is logged as overdue, and for a clean stop, milliseconds.
+#fence_wait_ms = 10000
+#stop_ms = 3000
+";
+
+/// The same for dataplane's engine and limits.
+const DATAPLANE_TUNING: &str = "
+[engine]
+# Worker threads; 0: half of the processors. A channel stays on one of them.
+#workers = 0
+# Threads that may wait for storage.
+#storage_threads = 4
+# Bytes of bulk buffers in all, of one, and of all message buffers. On RDMA devices they are pinned.
+#pool_bytes = 134217728
+#buffer_bytes = 262144
+#message_pool_bytes = 33554432
+# Requests one channel may have in flight.
+#credits = 64
+# Rounds without work before a worker sleeps; 0 sleeps at once.
+#spin_rounds = 32
+# Fetches of one write that are under way together.
+#fetches = 4
+
+[limits]
+# Channels in all, channels without a binding yet, and the bindings of one channel.
+#channels_max = 1024
+#half_open_max = 64
+#bindings_max = 64
+# Time from a channel's start to its first binding, and without any after it had one, milliseconds.
+#bind_deadline_ms = 5000
+#unbound_ms = 60000
+# Refused binds before a channel ends.
+#failed_binds_max = 3
+# Longest read or write, bytes.
+#transfer_bytes_max = 16777216
+# Time a peer may leave operations without progress, a fence waits before it cuts a channel off, and a peer has to read
+# why its channel ends, milliseconds.
+#stuck_ms = 30000
+#fence_ms = 2000
+#linger_ms = 500
+";
+
 fn control_toml(args: &Init, volumes: &[(String, PathBuf)]) -> String {
     let listen: Vec<String> =
         args.addresses.iter().map(|ip| quoted(&SocketAddr::new(*ip, args.port).to_string())).collect();
@@ -132,7 +197,7 @@ certificate = \"pki/server.pem\"
 key = \"pki/server.key\"
 # Clients' certificates must be signed by one of these.
 client_ca = \"pki/ca.pem\"
-",
+{CONTROL_LIMITS}",
         listen.join(", ")
     );
     for (name, directory) in volumes {
@@ -181,7 +246,7 @@ enabled = \"auto\"
 port = {port}
 # Where to listen; empty: every IPv4 address of every RDMA device.
 addresses = []
-",
+{DATAPLANE_TUNING}",
         quoted(&SocketAddr::new(address, port).to_string())
     )
 }

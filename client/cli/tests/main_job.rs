@@ -130,3 +130,10 @@ fn nothing_outside_the_volume_is_reached() {
     server.fails(&["cp", local.to_str().unwrap(), "data:/out/new"]);
     assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1);
 }
+
+/// What `init` writes as comments are real settings: uncommented, both planes take them.
+#[test]
+fn every_setting_that_init_explains_is_one() {
+    let server = Deployment::with(&Wish { uncomment: true, ..Wish::default() });
+    assert!(server.ok(&["volumes"]).contains("data"));
+}

@@ -298,7 +298,7 @@ fn requests_before_a_bind_do_nothing() {
 /// Half-open data channels are bounded in number and time; who has a key still gets in.
 #[test]
 fn half_open_channels_are_bounded_and_end() {
-    let bench = Bench::with(&Wish { dataplane: "[limits]\nbind_deadline_ms = 1500\n", ..Wish::default() });
+    let bench = Bench::with(&Wish { dataplane: "bind_deadline_ms = 1500\n", ..Wish::default() });
     for kind in transports() {
         let start = Instant::now();
         let mut idle: Vec<Raw> = (0..20).map(|_| Raw::connect(kind, &bench.grant())).collect();

@@ -49,8 +49,10 @@ pub fn transports() -> Vec<&'static str> {
 pub struct Wish {
     /// Replaces `mac_policy = "header"`.
     pub mac_policy: Option<&'static str>,
-    /// Stands at the end of dataplane.toml.
+    /// Settings of dataplane.toml's `[limits]`.
     pub dataplane: &'static str,
+    /// Uncomment every setting that `init` has written as a comment.
+    pub uncomment: bool,
 }
 
 /// A running server in a directory of its own. Dropping it stops both planes and removes the directory.
@@ -82,7 +84,13 @@ impl Deployment {
             let text = std::fs::read_to_string(&path).unwrap();
             std::fs::write(&path, change(text)).unwrap();
         };
-        edit("dataplane.toml", &|text| text + "\n" + wish.dataplane);
+        // The limits are the file's last table.
+        edit("dataplane.toml", &|text| text + wish.dataplane);
+        if wish.uncomment {
+            for file in ["control.toml", "dataplane.toml"] {
+                edit(file, &|text| text.lines().map(|l| setting(l).to_owned() + "\n").collect());
+            }
+        }
         if let Some(policy) = wish.mac_policy {
             edit("control.toml", &|text| {
                 assert!(text.contains("mac_policy = \"header\""), "{text}");
@@ -273,6 +281,14 @@ pub fn finish(child: Child) -> Output {
     let _ = done.send(());
     guard.join().unwrap();
     output
+}
+
+/// A line of a configuration file; uncommented if it is a setting.
+fn setting(line: &str) -> &str {
+    match line.strip_prefix('#') {
+        Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase()) && rest.contains(" = ") => rest,
+        _ => line,
+    }
 }
 
 fn run(command: &mut Command) {
