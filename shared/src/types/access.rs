@@ -5,9 +5,22 @@ use std::fmt;
 macro_rules! rights {
     ($(#[$doc:meta])* $name:ident { $($(#[$flag_doc:meta])* $flag:ident = $bit:literal, $letter:literal;)* }) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, minicbor::Encode, minicbor::Decode)]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, minicbor::Encode)]
         #[cbor(transparent)]
         pub struct $name(#[n(0)] u8);
+
+        /// By hand, so that an unknown bit is refused and never carried on.
+        impl<'b, C> minicbor::Decode<'b, C> for $name {
+            fn decode(
+                decoder: &mut minicbor::Decoder<'b>,
+                _: &mut C,
+            ) -> Result<Self, minicbor::decode::Error> {
+                let at = decoder.position();
+                Self::from_bits(decoder.u8()?).ok_or_else(|| {
+                    minicbor::decode::Error::message(concat!("unknown bit in ", stringify!($name))).at(at)
+                })
+            }
+        }
 
         impl $name {
             $($(#[$flag_doc])* pub const $flag: Self = Self($bit);)*
@@ -162,6 +175,14 @@ mod tests {
     #[test]
     fn unknown_bits_are_refused() {
         assert_eq!(Access::from_bits(8), None);
+        for bits in 0u8..=255 {
+            let bytes = minicbor::to_vec(bits).unwrap();
+            assert_eq!(minicbor::decode::<Access>(&bytes).ok(), Access::from_bits(bits));
+            assert_eq!(minicbor::decode::<ShareMode>(&bytes).ok(), ShareMode::from_bits(bits));
+            if let Some(access) = Access::from_bits(bits) {
+                assert_eq!(minicbor::to_vec(access).unwrap(), bytes);
+            }
+        }
         assert_eq!(format!("{:?}", Access::READ | Access::DELETE), "Access(rd)");
     }
 }

@@ -321,7 +321,7 @@ pub struct Opened {
 }
 
 /// What a client needs to bind: resume key, service blob, challenge.
-#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
 pub struct KeyGrant {
     /// Opaque. Travels inside TLS only.
     #[cbor(n(0), with = "minicbor::bytes")]
@@ -338,6 +338,16 @@ pub struct KeyGrant {
     /// The volume's MAC policy; part of the transcript, so that it cannot be lowered on the way.
     #[n(4)]
     pub policy: MacPolicy,
+}
+
+/// Silent about the resume key: whoever has it needs only the session's secret to bind.
+impl std::fmt::Debug for KeyGrant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeyGrant")
+            .field("volume", &self.volume)
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What kind of thing a name stands for.
@@ -461,6 +471,19 @@ pub fn size_is_valid(size: u64) -> bool {
 mod tests {
     use super::*;
     use crate::wire::{from_cbor, to_cbor};
+
+    #[test]
+    fn a_resume_key_is_not_shown() {
+        let grant = KeyGrant {
+            resume_key: vec![0xAB; 102],
+            service_blob: Vec::new(),
+            challenge: [0xAC; 32],
+            volume: VolumeId([1; 16]),
+            policy: MacPolicy::Header,
+        };
+        let shown = format!("{grant:?}");
+        assert!(shown.contains("Header") && !shown.contains("171") && !shown.contains("172"), "{shown}");
+    }
 
     #[test]
     fn requests_survive_the_wire_and_keep_their_numbers() {

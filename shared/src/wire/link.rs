@@ -83,7 +83,7 @@ pub struct Registered {
 }
 
 /// See [`ToControl::Redeem`].
-#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Redeem {
     /// Pairs the answer with the request.
     #[n(0)]
@@ -112,6 +112,19 @@ pub struct Redeem {
     /// Where the client comes from, for the operator.
     #[n(8)]
     pub peer: String,
+}
+
+/// Silent about what the client shows to prove itself.
+impl std::fmt::Debug for Redeem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Redeem")
+            .field("id", &self.id)
+            .field("channel", &self.channel)
+            .field("access", &self.access)
+            .field("policy", &self.policy)
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
 }
 
 /// See [`ToDataplane::Redeemed`].

@@ -234,7 +234,10 @@ fn a_removal_claims_its_file_until_it_is_done() {
 fn secrets_are_silent() {
     let mut world = World::new();
     let session = world.begin(0xAB, "u1");
-    world.open(session, open(1, RW, ShareMode::ALL), 5);
+    let held = world.open(session, open(1, RW, ShareMode::ALL), 5);
+    let redeem = right(&session_key(0xAB), &held, 0xAB, RW);
+    assert!(!format!("{redeem:?}").contains(&format!("{:?}", redeem.proof)));
+    assert!(!format!("{redeem:?} {held:?}").contains(&format!("{:?}", redeem.resume_key)));
     let shown = format!("{:?}", world.authority);
     assert!(!shown.contains("171, 171"), "the session key is shown");
     assert!(shown.contains("Secret(..)"));
