@@ -3,7 +3,7 @@
 //! ```text
 //!            read_now / write_now
 //!   worker ──────────────────────► page cache: done
-//!     │  would wait, or can't say
+//!     │  would wait, or can't say; a file in memory (tmpfs) can't say, but never waits: it is done at once too
 //!     ▼
 //!   jobs (bounded queue) ─► storage threads: pread, pwrite, fdatasync ─► done queue of the worker ─► wake
 //! ```
@@ -55,9 +55,15 @@ pub trait FileIo: Send + Sync {
 /// Makes a [`FileIo`] of a descriptor from control.
 pub type Opener = Arc<dyn Fn(OwnedFd) -> Arc<dyn FileIo> + Send + Sync>;
 
+/// What `statfs` says of file systems whose files are memory and nothing else.
+const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
+
 /// A file of the kernel. Remembers when it can't answer without waiting, so that it is asked once only.
 pub struct KernelFile {
     fd: OwnedFd,
+    /// Never waits, though the kernel doesn't know `RWF_NOWAIT` for it. (Pages of a tmpfs that were swapped out do wait;
+    /// a server that swaps is slow either way.)
+    in_memory: bool,
     read_now: AtomicBool,
     write_now: AtomicBool,
 }
@@ -65,7 +71,8 @@ pub struct KernelFile {
 impl KernelFile {
     /// Takes the descriptor over.
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd, read_now: AtomicBool::new(true), write_now: AtomicBool::new(true) }
+        let in_memory = rustix::fs::fstatfs(&fd).is_ok_and(|fs| IN_MEMORY.contains(&(fs.f_type as i64)));
+        Self { fd, in_memory, read_now: AtomicBool::new(true), write_now: AtomicBool::new(true) }
     }
 
     /// The usual [`Opener`].
@@ -83,6 +90,9 @@ fn remember(able: &AtomicBool, result: io::Result<Nowait>) -> io::Result<Nowait>
 
 impl FileIo for KernelFile {
     fn read_now(&self, data: &mut [u8], at: u64) -> io::Result<Nowait> {
+        if self.in_memory {
+            return self.read(data, at).map(Nowait::Done);
+        }
         if !self.read_now.load(Ordering::Relaxed) {
             return Ok(Nowait::Unsupported);
         }
@@ -90,6 +100,9 @@ impl FileIo for KernelFile {
     }
 
     fn write_now(&self, data: &[u8], at: u64) -> io::Result<Nowait> {
+        if self.in_memory {
+            return self.write(data, at).map(Nowait::Done);
+        }
         if !self.write_now.load(Ordering::Relaxed) {
             return Ok(Nowait::Unsupported);
         }
@@ -379,9 +392,11 @@ mod tests {
         rustix::io::pwrite(&fd, b"0123456789", 0).unwrap();
         let file = KernelFile::new(fd);
         let mut data = [0; 8];
-        match read_now(&file, &mut data, 6) {
-            Progress::Complete(n) => assert_eq!((n, &data[..4]), (4, &b"6789"[..])),
-            other => assert_eq!(other, Progress::Partial(0)),
-        }
+        // A memfd is on a tmpfs: done at once, whatever the kernel says of RWF_NOWAIT there.
+        assert_eq!(read_now(&file, &mut data, 6), Progress::Complete(4));
+        assert_eq!(&data[..4], b"6789");
+        assert_eq!(write_now(&file, b"ab", 10), Progress::Complete(2));
+        assert_eq!(read_now(&file, &mut data, 9), Progress::Complete(3));
+        assert_eq!(&data[..3], b"9ab");
     }
 }
