@@ -1,20 +1,22 @@
 //! New connections: how many may be half-open, in all and from one address, and for how long.
 //!
 //! A half-open connection is one whose peer has not finished the TLS handshake and said hello. It costs one place of a fixed
-//! number; without a free place the kernel's own queue holds further ones back.
+//! number; without a free place the oldest of them is closed. What such peers do is counted, and logged only
+//! at debug level: they must not write our log.
 
 use crate::config::Limits;
 use crate::driver::Event;
 use crate::gauges::{Gauges, Held};
+use crate::half_open::{Entered, HalfOpen};
 use crate::session;
+use crate::throttle::Throttle;
 use parking_lot::Mutex;
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 
 /// What all connections share.
@@ -28,7 +30,7 @@ pub struct Front {
     pub limits: Arc<Limits>,
     /// Counters.
     pub gauges: Arc<Gauges>,
-    half_open: HalfOpen,
+    half_open: Arc<Mutex<HalfOpen>>,
 }
 
 impl Front {
@@ -39,54 +41,40 @@ impl Front {
         limits: Arc<Limits>,
         gauges: Arc<Gauges>,
     ) -> Self {
-        let half_open = HalfOpen {
-            places: Arc::new(Semaphore::new(limits.half_open_handshakes)),
-            by_address: Arc::default(),
-        };
-        Self { events, acceptor, limits, gauges, half_open }
+        Self { events, acceptor, limits, gauges, half_open: Arc::default() }
     }
-}
-
-#[derive(Clone)]
-struct HalfOpen {
-    places: Arc<Semaphore>,
-    by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }
 
 /// A half-open connection's place; free again when it is dropped.
 pub struct Place {
-    _permit: OwnedSemaphorePermit,
     _held: Held,
-    address: IpAddr,
-    by_address: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    entered: Entered,
+    half_open: Arc<Mutex<HalfOpen>>,
+}
+
+impl Place {
+    /// Waits until the place is needed for another connection.
+    pub async fn evicted(&self) {
+        self.entered.evicted.notified().await;
+    }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut by_address = self.by_address.lock();
-        if let Some(count) = by_address.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                by_address.remove(&self.address);
-            }
-        }
+        self.half_open.lock().leave(self.entered.number);
     }
 }
 
 impl Front {
     /// A place for a connection from there; `None` if the address has its share.
-    fn place(&self, address: IpAddr, permit: OwnedSemaphorePermit) -> Option<Place> {
-        let by_address = self.half_open.by_address.clone();
-        {
-            let mut counts = by_address.lock();
-            let count = counts.entry(address).or_default();
-            if *count >= self.limits.half_open_per_address {
-                return None;
-            }
-            *count += 1;
+    fn place(&self, address: IpAddr) -> Option<Place> {
+        let (max, per_address) = (self.limits.half_open_handshakes, self.limits.half_open_per_address);
+        let entered = self.half_open.lock().enter(address, max, per_address)?;
+        if entered.replaced {
+            self.gauges.half_open_evicted_total.fetch_add(1, Relaxed);
         }
         let held = Held::new(&self.gauges, |g| &g.half_open_handshakes);
-        Some(Place { _permit: permit, _held: held, address, by_address })
+        Some(Place { _held: held, entered, half_open: self.half_open.clone() })
     }
 }
 
@@ -94,11 +82,10 @@ impl Front {
 pub async fn serve(listener: TcpListener, front: Front) {
     let mut failing = false;
     loop {
-        let Ok(permit) = front.half_open.places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, peer)) => {
                 failing = false;
-                let Some(place) = front.place(peer.ip(), permit) else {
+                let Some(place) = front.place(peer.ip()) else {
                     front.gauges.connections_dropped_total.fetch_add(1, Relaxed);
                     continue;
                 };
@@ -134,21 +121,35 @@ fn prepare(stream: &TcpStream, keepalive_s: u64) -> std::io::Result<()> {
 async fn connection(stream: TcpStream, peer: SocketAddr, place: Place, front: Front) {
     let _held = Held::new(&front.gauges, |g| &g.connections);
     let deadline = tokio::time::Instant::now() + Duration::from_millis(front.limits.handshake_ms);
-    let tls = match tokio::time::timeout_at(deadline, front.acceptor.accept(stream)).await {
+    let handshake = tokio::time::timeout_at(deadline, front.acceptor.accept(stream));
+    let handshake = tokio::select! {
+        handshake = handshake => handshake,
+        () = place.evicted() => {
+            tracing::debug!(%peer, "handshake gave way to a newer one");
+            return;
+        }
+    };
+    let tls = match handshake {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             front.gauges.handshakes_failed_total.fetch_add(1, Relaxed);
-            tracing::info!(%peer, %error, "handshake failed");
+            tracing::debug!(%peer, %error, "handshake failed");
             return;
         }
         Err(_) => {
             front.gauges.handshakes_failed_total.fetch_add(1, Relaxed);
-            tracing::info!(%peer, "handshake took too long");
+            tracing::debug!(%peer, "handshake took too long");
             return;
         }
     };
     match session::run(tls, deadline, place, &front).await {
         Ok(()) => tracing::debug!(%peer, "session ended"),
-        Err(error) => tracing::info!(%peer, %error, "session ended"),
+        Err(error) if error.before_hello() => tracing::debug!(%peer, %error, "no session"),
+        Err(error) => {
+            static LINES: Throttle = Throttle::new();
+            if let Some(left_out) = LINES.admit() {
+                tracing::info!(%peer, %error, left_out, "session ended");
+            }
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! What an error of the file system means to a client: one total function.
 
+use crate::throttle::Throttle;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::control::Refusal;
 use rustix::io::Errno;
@@ -32,7 +33,10 @@ pub fn status_of(error: Errno) -> Status {
 pub(crate) fn refused(error: Errno) -> Refusal {
     let status = status_of(error);
     if matches!(status, Status::Io | Status::NoSpace | Status::TooMany) {
-        tracing::warn!(%error, "the file system refused an operation");
+        static LINES: Throttle = Throttle::new();
+        if let Some(left_out) = LINES.admit() {
+            tracing::warn!(%error, left_out, "the file system refused an operation");
+        }
     }
     refusal(status, "")
 }

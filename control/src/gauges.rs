@@ -94,6 +94,8 @@ gauges! {
     handshakes_failed_total,
     /// Connections closed at once because their address has too many half-open ones.
     connections_dropped_total,
+    /// Half-open connections closed to make room for newer ones.
+    half_open_evicted_total,
     /// Fences that were confirmed late, or not yet.
     fences_overdue_total,
     /// Binds granted.

@@ -20,10 +20,12 @@ pub mod config;
 pub mod driver;
 mod errno;
 pub mod gauges;
+mod half_open;
 pub mod link;
 pub mod secrets;
 pub mod server;
 pub mod session;
+mod throttle;
 pub mod tls;
 pub mod volume;
 

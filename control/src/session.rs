@@ -7,6 +7,7 @@
 use crate::accept::{Front, Place};
 use crate::driver::{Answer, Event, random};
 use crate::errno::refusal;
+use crate::throttle::Throttle;
 use crate::tls;
 use holdfast_shared::state::SessionBegan;
 use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, SessionId, Status};
@@ -32,6 +33,9 @@ pub enum SessionError {
     /// No hello in time.
     #[error("no hello in time")]
     Silent,
+    /// Its place was needed for a newer connection before it said hello.
+    #[error("gave way to a newer connection before hello")]
+    Evicted,
     /// A message was begun and not finished in time, or an answer not taken.
     #[error("the peer is too slow")]
     Slow,
@@ -50,10 +54,15 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// True if it ended before the peer was anybody.
+    pub(crate) const fn before_hello(&self) -> bool {
+        matches!(self, Self::Peer(_) | Self::Silent | Self::Evicted | Self::NotHello | Self::Version(..))
+    }
+
     /// What the peer is told, if it is to be told anything.
     const fn status(&self) -> Option<Status> {
         match self {
-            Self::Connection(_) | Self::Slow => None,
+            Self::Connection(_) | Self::Slow | Self::Evicted => None,
             Self::Peer(_) => Some(Status::AccessDenied),
             Self::Silent => Some(Status::TimedOut),
             Self::Message(_) | Self::NotHello => Some(Status::Protocol),
@@ -92,8 +101,14 @@ pub async fn run(
         random(&mut session).map_err(SessionError::Random)?;
         let session = SessionId::from_random(session);
         let client: String = client.chars().filter(|c| !c.is_control()).take(128).collect();
-        tracing::info!(principal = %who, %session, %client, "session begins");
+        static LINES: Throttle = Throttle::new();
+        if let Some(left_out) = LINES.admit() {
+            tracing::info!(principal = %who, %session, %client, left_out, "session begins");
+        }
         Ok(Some(SessionBegan { session, request: id, principal: who, key, process }))
+    };
+    let hello = async {
+        tokio::select! { began = hello => began, () = place.evicted() => Err(SessionError::Evicted) }
     };
     let began = match hello.await {
         Ok(Some(began)) => began,

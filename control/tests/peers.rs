@@ -115,6 +115,29 @@ async fn half_open_handshakes_are_bounded_and_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_keep_nobody_out() {
+    let server = Server::with_limits("half_open_handshakes = 6\nhalf_open_per_address = 6");
+    let mut idle = Vec::new();
+    // From other addresses, as many as there are places; one of them TLS without a hello, the oldest.
+    idle.push(Client::handshake(&server, Some(&server.ca.client("writer"))).await.unwrap());
+    let mut plain = Vec::new();
+    for n in 2..7u8 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(std::net::SocketAddr::from(([127, 0, 0, n], 0))).unwrap();
+        plain.push(socket.connect(server.address).await.unwrap());
+    }
+    server.await_gauge("half_open_handshakes", 6);
+    let start = Instant::now();
+    serves(&server).await;
+    serves(&server).await;
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    server.await_gauge("half_open_evicted_total", 1);
+    assert!(receive(&mut idle[0]).await.is_none(), "the oldest went first");
+    drop((idle, plain));
+    server.is_at_baseline();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_never_ends_ends_the_session() {
     let server = Server::with_limits("message_ms = 300");
     let mut client = Client::connect(&server, "writer").await;
