@@ -8,7 +8,7 @@ use super::{Volume, attributes, stat_at};
 use crate::errno::refused;
 use holdfast_shared::types::VolumePath;
 use holdfast_shared::wire::control::{Entries, Entry, Refusal};
-use rustix::fs::{Dir, Mode, OFlags};
+use rustix::fs::{Dir, Mode, OFlags, Statx};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 
@@ -43,24 +43,51 @@ impl Volume {
             }
             names.insert(name.to_owned());
         }
-        let mut entries: Vec<Entry> = Vec::with_capacity(names.len());
-        let mut bytes = 0;
-        for name in names {
-            let stat = match stat_at(&fd, &name) {
-                Ok(stat) => stat,
-                // Removed since.
-                Err(Errno::NOENT) => continue,
-                Err(error) => return Err(refused(error)),
-            };
-            let entry = Entry { name, attributes: attributes::of(&stat) };
-            bytes += holdfast_shared::wire::to_cbor(&entry).len();
-            if bytes > PAGE_BYTES_MAX {
-                more = true;
-                break;
+        page(names, more, |name| stat_at(&fd, name))
+    }
+}
+
+/// One page of the names kept. `more` is true if the directory has others after them.
+fn page(
+    names: BTreeSet<String>,
+    mut more: bool,
+    mut stat: impl FnMut(&str) -> Result<Statx, Errno>,
+) -> Result<Entries, Refusal> {
+    let mut entries: Vec<Entry> = Vec::with_capacity(names.len());
+    let mut bytes = 0;
+    let mut last = None;
+    for name in names {
+        let stat = match stat(&name) {
+            Ok(stat) => stat,
+            // Removed since: the next page begins after it all the same.
+            Err(Errno::NOENT) => {
+                last = Some(name);
+                continue;
             }
-            entries.push(entry);
+            Err(error) => return Err(refused(error)),
+        };
+        let entry = Entry { name, attributes: attributes::of(&stat) };
+        bytes += holdfast_shared::wire::to_cbor(&entry).len();
+        if bytes > PAGE_BYTES_MAX {
+            more = true;
+            break;
         }
-        let next = entries.last().filter(|_| more).map(|last| last.name.clone());
-        Ok(Entries { entries, next })
+        last = Some(entry.name.clone());
+        entries.push(entry);
+    }
+    Ok(Entries { entries, next: last.filter(|_| more) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_whose_names_all_vanished_is_not_the_last() {
+        let names = || ["a", "b"].map(str::to_owned).into_iter().collect();
+        let gone = page(names(), true, |_| Err(Errno::NOENT)).unwrap();
+        assert_eq!((gone.entries.len(), gone.next.as_deref()), (0, Some("b")));
+        let end = page(names(), false, |_| Err(Errno::NOENT)).unwrap();
+        assert_eq!(end.next, None);
     }
 }

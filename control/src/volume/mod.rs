@@ -25,6 +25,7 @@ use crate::errno::refused;
 use holdfast_shared::state::FileIdentity;
 use holdfast_shared::types::{Status, VolumePath};
 use holdfast_shared::wire::control::{Refusal, VolumeStatus};
+use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2, statx};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -39,6 +40,8 @@ const RACES_MAX: usize = 32;
 #[derive(Debug)]
 pub struct Volume {
     root: OwnedFd,
+    /// Held from the look at a name to its removal or renaming: the kernel cannot do both in one step.
+    name_changes: Mutex<()>,
 }
 
 impl Volume {
@@ -49,7 +52,7 @@ impl Volume {
     pub fn open(directory: &Path) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(rustix::fs::CWD, directory, flags, Mode::empty())?;
-        let volume = Self { root };
+        let volume = Self { root, name_changes: Mutex::new(()) };
         let again = volume.resolve(".", flags, Mode::empty())?;
         rustix::fs::openat(rustix::fs::CWD, through_proc(&again), flags, Mode::empty())?;
         Ok(volume)

@@ -59,6 +59,7 @@ impl Volume {
     /// A refusal for the client.
     pub fn remove(&self, path: &VolumePath, expected: FileIdentity) -> Result<(), Refusal> {
         let (above, name) = self.parent(path)?;
+        let _alone = self.name_changes.lock();
         let stat = stat_at(&above, name).map_err(refused)?;
         if identity(&stat) != expected {
             return Err(meanwhile());
@@ -83,6 +84,7 @@ impl Volume {
     ) -> Result<(), Refusal> {
         let (from_above, from_name) = self.parent(from.0)?;
         let (to_above, to_name) = self.parent(to.0)?;
+        let _alone = self.name_changes.lock();
         if identify_at(&from_above, from_name)? != Some(from.1) || identify_at(&to_above, to_name)? != to.1 {
             return Err(meanwhile());
         }

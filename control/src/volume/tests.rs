@@ -186,3 +186,30 @@ fn names_are_changed_only_if_they_still_stand_for_the_same() {
     let inside = id("inside").unwrap();
     assert_eq!(status(volume.remove(&path("inside"), inside)), Status::NotEmpty);
 }
+
+/// A removal and a renaming onto the same name, both admitted for the file that stood there: one of them comes first, and
+/// the other finds that out.
+#[test]
+fn a_removal_never_takes_the_file_that_a_renaming_put_there() {
+    let Place { dir, volume } = place();
+    let root = dir.path().join("root");
+    for round in 0..500 {
+        std::fs::write(root.join("name"), b"old").unwrap();
+        std::fs::write(root.join("new"), b"new").unwrap();
+        let old = volume.identify(&path("name")).unwrap().unwrap();
+        let new = volume.identify(&path("new")).unwrap().unwrap();
+        let begin = std::sync::Barrier::new(2);
+        let (removed, renamed) = std::thread::scope(|scope| {
+            let removal = scope.spawn(|| {
+                begin.wait();
+                volume.remove(&path("name"), old)
+            });
+            begin.wait();
+            let renamed = volume.rename((&path("new"), new), (&path("name"), Some(old)));
+            (removal.join().unwrap(), renamed)
+        });
+        assert!(removed.is_ok() != renamed.is_ok(), "round {round}: {removed:?} {renamed:?}");
+        let left = if renamed.is_ok() { "name" } else { "new" };
+        assert_eq!(std::fs::read(root.join(left)).unwrap(), b"new");
+    }
+}
