@@ -107,15 +107,17 @@ pub struct Limits {
     pub bindings_per_open: usize,
     /// Operations under way in the file system. Default: 1024.
     pub operations: usize,
+    /// The same, of one principal. Default: 256.
+    pub operations_per_principal: usize,
     /// Threads for them. Default: 16.
     pub file_threads: usize,
     /// Requests of one session under way; the next is read when one is answered. Default: 32.
     pub requests_per_session: usize,
     /// Bind requests from dataplane under way. Default: 256.
     pub binds: usize,
-    /// Connections whose handshake is not finished. More wait in the kernel's queue. Default: 128.
+    /// Connections whose handshake is not finished. The oldest is closed for a newer one. Default: 128.
     pub half_open_handshakes: usize,
-    /// The same, from one address; more are closed. Default: 32.
+    /// The same, from one IPv4 address or IPv6 /64 network; more are closed. Default: 32.
     pub half_open_per_address: usize,
     /// Time for a handshake, hello included, milliseconds. Default: 10000.
     pub handshake_ms: u64,
@@ -141,6 +143,7 @@ impl Default for Limits {
             opens_per_session: authority.opens_per_session,
             bindings_per_open: authority.bindings_per_open,
             operations: authority.operations,
+            operations_per_principal: authority.operations_per_principal,
             file_threads: 16,
             requests_per_session: 32,
             binds: 256,
@@ -166,6 +169,7 @@ impl Limits {
             opens_per_session: self.opens_per_session,
             bindings_per_open: self.bindings_per_open,
             operations: self.operations,
+            operations_per_principal: self.operations_per_principal,
             fence_wait: Duration::from_millis(self.fence_wait_ms),
         }
     }
@@ -284,6 +288,7 @@ impl Config {
             ("opens_per_session", limits.opens_per_session),
             ("bindings_per_open", limits.bindings_per_open),
             ("operations", limits.operations),
+            ("operations_per_principal", limits.operations_per_principal),
             ("file_threads", limits.file_threads),
             ("requests_per_session", limits.requests_per_session),
             ("binds", limits.binds),

@@ -1,5 +1,8 @@
 //! The link: a Unix socket on which one dataplane registers, redeems resume keys and confirms fences.
 //!
+//! A link that closes says nothing about the bindings behind it: dataplane may live, and its bindings go on until it
+//! registers anew (then they are drained) or is proven dead, which its process descriptor tells ([`Peer`]).
+//!
 //! Whoever connects must run under our own user. Each packet is one message; a descriptor travels with a grant
 //! (SCM_RIGHTS makes the duplicate: the receiver gets the same open file description).
 
@@ -28,8 +31,6 @@ use tokio::sync::{Semaphore, mpsc};
 
 /// Time for a new connection to register.
 const REGISTER_WAIT: Duration = Duration::from_secs(5);
-/// After the socket has closed: time for the process behind it to be gone, so that its queue pairs are too.
-const DEATH_WAIT: Duration = Duration::from_millis(500);
 /// Connections at once; only one of them can be registered.
 const CONNECTIONS_MAX: usize = 8;
 
@@ -39,6 +40,40 @@ pub struct LinkPacket {
     pub message: ToDataplane,
     /// The descriptor that goes with it.
     pub descriptor: Option<Arc<OwnedFd>>,
+}
+
+/// The process at the other end.
+#[derive(Debug)]
+pub struct Peer(Option<AsyncFd<OwnedFd>>);
+
+impl Peer {
+    /// Should the number have passed to another process by now, ours is dead, and the other one's death, later, proves
+    /// no less.
+    ///
+    /// # Errors
+    /// If its death could not be seen.
+    fn watch(process: Pid) -> Result<Self, LinkError> {
+        match pidfd_open(process, PidfdFlags::NONBLOCK) {
+            Ok(pidfd) => Ok(Self(Some(watch(pidfd, Interest::READABLE)?))),
+            Err(Errno::SRCH) => Ok(Self(None)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until the process is gone, and everything it held with it. However long that takes: no time-out turns
+    /// silence into death. False if the kernel does not tell.
+    pub async fn died(self) -> bool {
+        let Some(pidfd) = self.0 else { return true };
+        let dead = |fd: &OwnedFd| {
+            let mut poll = [PollFd::new(fd, PollFlags::IN)];
+            let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+            match rustix::event::poll(&mut poll, Some(&zero))? {
+                0 => Err(std::io::ErrorKind::WouldBlock.into()),
+                _ => Ok(()),
+            }
+        };
+        pidfd.async_io(Interest::READABLE, dead).await.is_ok()
+    }
 }
 
 /// Why a link connection ends.
@@ -130,6 +165,7 @@ async fn connection(
     if peer.uid != rustix::process::geteuid() {
         return Err(LinkError::User(peer.uid.as_raw()));
     }
+    let peer = Peer::watch(peer.pid)?;
     let socket = watch(socket, Interest::READABLE | Interest::WRITABLE)?;
     let mut buffer = vec![0; LINK_PACKET_BYTES_MAX];
     let first = tokio::time::timeout(REGISTER_WAIT, receive(&socket, &mut buffer)).await;
@@ -170,8 +206,7 @@ async fn connection(
     };
     let result = tokio::select! { result = read => result, result = write => result };
     drop(socket);
-    wait_for_death(peer.pid).await;
-    let _ = events.send(Event::LinkEnd(number)).await;
+    let _ = events.send(Event::LinkEnd(number, peer)).await;
     result
 }
 
@@ -216,21 +251,4 @@ async fn send(socket: &AsyncFd<OwnedFd>, packet: &LinkPacket) -> Result<(), Link
     zeroize::Zeroize::zeroize(&mut bytes);
     sent?;
     Ok(())
-}
-
-/// The kernel closes a dying process's descriptors one by one, and the link may be the first of them. So it is waited until
-/// the process itself is gone. One that lives on after closing its link has, by the link's contract, let
-/// go of its bindings before.
-async fn wait_for_death(process: Pid) {
-    let Ok(pidfd) = pidfd_open(process, PidfdFlags::NONBLOCK) else { return };
-    let Ok(pidfd) = watch(pidfd, Interest::READABLE) else { return };
-    let dead = |fd: &OwnedFd| {
-        let mut poll = [PollFd::new(fd, PollFlags::IN)];
-        let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        match rustix::event::poll(&mut poll, Some(&zero))? {
-            0 => Err(std::io::ErrorKind::WouldBlock.into()),
-            _ => Ok(()),
-        }
-    };
-    let _ = tokio::time::timeout(DEATH_WAIT, pidfd.async_io(Interest::READABLE, dead)).await;
 }

@@ -5,6 +5,7 @@
 //! | `kek` | 32 | seals resume keys |
 //! | `cluster` | 16 | the cluster's id, in every resume key |
 //! | `lock` | 0 | locked while a control process runs |
+//! | `dataplane.lock` | 0 | locked while a dataplane lives |
 //!
 //! Directory 0700, files 0600. A secret that others may read or write is not used.
 
@@ -85,6 +86,25 @@ fn check_private(path: &Path) -> Result<(), StateError> {
     Ok(())
 }
 
+/// The lock of a dataplane that lives.
+#[derive(Debug)]
+pub struct DataplaneLock(OwnedFd);
+
+impl DataplaneLock {
+    /// Blocks until that dataplane is dead. The lock is held for no longer than it takes to see that.
+    ///
+    /// # Errors
+    /// If the kernel cannot lock.
+    pub fn wait_until_free(self) -> std::io::Result<()> {
+        loop {
+            match flock(&self.0, FlockOperation::LockShared) {
+                Err(rustix::io::Errno::INTR) => {}
+                done => return Ok(done?),
+            }
+        }
+    }
+}
+
 impl StateDir {
     /// Makes it if it is missing, checks it, and keeps other control processes out.
     ///
@@ -107,6 +127,23 @@ impl StateDir {
     /// A file in it.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+
+    /// The lock of the dataplane that lives, if one does. It takes the lock before it first registers, and the kernel
+    /// frees it at its death.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn living_dataplane(&self) -> Result<Option<DataplaneLock>, StateError> {
+        let path = self.file("dataplane.lock");
+        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let lock = openat(rustix::fs::CWD, &path, flags, Mode::from_raw_mode(0o600))
+            .map_err(|e| io(&path)(e.into()))?;
+        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(None),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(Some(DataplaneLock(lock))),
+            Err(error) => Err(io(&path)(error.into())),
+        }
     }
 
     /// The keys that seal resume keys, made at the first start.

@@ -68,7 +68,18 @@ pub async fn run(
     let gauges = Arc::new(Gauges::default());
     let authority = Authority::new(config.limits.authority(), rules, keyring);
     let (events, queue) = mpsc::channel(EVENTS_MAX);
-    let mut driver = tokio::spawn(Driver::run(authority, volumes, gauges.clone(), queue));
+    let earlier = state.living_dataplane().context("state directory")?;
+    let may_live = earlier.is_some();
+    if let Some(lock) = earlier {
+        let events = events.clone();
+        // A thread of its own: it may wait for ever, and nobody waits for it.
+        std::thread::spawn(move || match lock.wait_until_free() {
+            // Nobody listens any more when the process ends.
+            Ok(()) => drop(events.blocking_send(Event::EarlierDataplaneDead)),
+            Err(error) => tracing::error!(%error, "cannot see whether dataplane lives; it must register"),
+        });
+    }
+    let mut driver = tokio::spawn(Driver::run(authority, volumes, gauges.clone(), may_live, queue));
 
     let addresses =
         Ready { listen: Vec::new(), admin: state.file("admin.sock"), link: state.file("link.sock") };

@@ -9,8 +9,13 @@ use common::client::{Client, open};
 use common::dataplane::{Dataplane, right};
 use holdfast_shared::auth::{BindAnswer, BindTranscript, MacPolicy, Secret, SessionKey};
 use holdfast_shared::types::{Access, ShareMode, Status};
-use holdfast_shared::wire::control::{Reply, Request};
+use holdfast_shared::wire::control::{Open, Reply, Request};
 use holdfast_shared::wire::link::{Fence, Redeem, ToControl, ToDataplane};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const RW: Access = Access::READ.union(Access::WRITE);
@@ -173,8 +178,9 @@ async fn close_is_answered_after_the_fence() {
     server.is_at_baseline();
 }
 
+/// The link's contract: a link that closes ends no binding; a new registration says that all are drained.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_dataplane_takes_its_bindings_and_leaves_the_opens() {
+async fn a_closed_link_ends_no_binding_before_dataplane_registers_anew() {
     let server = Server::start();
     let mut dataplane = Dataplane::register(&server);
     let second = Dataplane::connect(&server);
@@ -183,19 +189,105 @@ async fn a_lost_dataplane_takes_its_bindings_and_leaves_the_opens() {
 
     let mut client = Client::connect(&server, "writer").await;
     let opened = client.open(open("file")).await;
+    let exclusive = client.open(Open { share: ShareMode::NONE, ..open("exclusive") }).await;
     dataplane.redeem(right(&client, &opened, [3; 32], RW)).unwrap();
+    dataplane.redeem(right(&client, &exclusive, [3; 32], RW)).unwrap();
+    // This process, which stands for dataplane's, lives on.
     drop(dataplane);
-    server.await_gauge("bindings", 0);
     server.await_gauge("link_up", 0);
-    assert_eq!(server.gauge("opens"), 1);
+    let close = client.send(Request::Close(exclusive.open)).await;
+    let early = tokio::time::timeout(Duration::from_millis(1200), client.receive()).await;
+    assert!(early.is_err(), "closed before anything was proven: {early:?}");
+    assert_eq!((server.gauge("opens"), server.gauge("bindings")), (2, 2));
+    let mut rival = Client::connect(&server, "writer").await;
+    assert_eq!(rival.refused(Request::Open(open("exclusive"))).await, Status::ShareConflict);
     let Reply::Key(key) = client.ask(Request::QueryKey(opened.open)).await else { panic!("no key") };
     assert!(key.service_blob.is_empty());
 
     let mut dataplane = Dataplane::register(&server);
-    dataplane.redeem(right(&client, &opened, [5; 32], RW)).unwrap();
-    drop(dataplane);
+    let reply = client.receive().await.unwrap();
+    assert_eq!((reply.id, reply.reply), (close, Reply::Done));
+    rival.open(open("exclusive")).await;
     server.await_gauge("bindings", 0);
+    let (grant, _) = dataplane.redeem(right(&client, &opened, [5; 32], RW)).unwrap();
+    dataplane.say(&ToControl::Released(grant.binding));
     client.close(opened.open).await;
+}
+
+/// Stands for a dataplane's process in the test below, which starts it; alone it does nothing.
+#[test]
+#[ignore = "a process of another test"]
+fn connects_and_waits() {
+    let Ok(path) = std::env::var("HOLDFAST_TEST_LINK") else { return };
+    let dataplane = Dataplane::connect_to(std::path::Path::new(&path));
+    println!("\nconnected {}", dataplane.socket.as_raw_fd());
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+/// A dataplane that is dead holds nothing: control knows it from the process, not from the link.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dataplanes_death_ends_its_bindings_and_leaves_the_opens() {
+    let server = Server::start();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "connects_and_waits", "--ignored", "--nocapture"])
+        .env("HOLDFAST_TEST_LINK", server.link())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let number = lines
+        .map(|line| line.unwrap())
+        .find_map(|line| line.strip_prefix("connected ").map(|number| number.parse::<i32>().unwrap()));
+    let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+    let socket = pidfd_getfd(&process, number.unwrap(), PidfdGetfdFlags::empty()).unwrap();
+    let mut dataplane = Dataplane::of(socket);
+    assert_eq!(dataplane.try_register(), Some(Status::Ok));
+
+    let mut client = Client::connect(&server, "writer").await;
+    let opened = client.open(open("file")).await;
+    dataplane.redeem(right(&client, &opened, [3; 32], RW)).unwrap();
+    // The socket is closed, the process lives: nothing is proven.
+    rustix::net::shutdown(&dataplane.socket, rustix::net::Shutdown::Both).unwrap();
+    server.await_gauge("link_up", 0);
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    assert_eq!((server.gauge("bindings"), server.gauge("opens")), (1, 1));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    server.await_gauge("bindings", 0);
+    assert_eq!(server.gauge("opens"), 1);
+    client.close(opened.open).await;
+}
+
+/// After a crash of control, the dataplane that lives on holds bindings that the new control does not know.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_control_opens_nothing_while_an_earlier_dataplane_may_serve() {
+    let mut server = Server::start();
+    for dies in [false, true] {
+        let lock = std::fs::File::create(server.link().with_file_name("dataplane.lock")).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        server.restart();
+        let mut client = Client::connect(&server, "writer").await;
+        match client.ask(Request::Open(open("file"))).await {
+            Reply::Refused(refusal) => {
+                assert_eq!((refusal.status, refusal.retry_ms), (Status::Unavailable, Some(200)));
+            }
+            other => panic!("not refused: {other:?}"),
+        }
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        let _dataplane = if dies {
+            drop(lock);
+            None
+        } else {
+            Some((Dataplane::register(&server), lock))
+        };
+        while matches!(client.ask(Request::Open(open("file"))).await, Reply::Refused(_)) {
+            assert!(std::time::Instant::now() < end, "still refused");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    // Nobody holds the lock: nothing to wait for.
+    server.restart();
+    Client::connect(&server, "writer").await.open(open("file")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

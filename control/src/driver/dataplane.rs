@@ -1,7 +1,16 @@
 //! The driver's side of the link: one dataplane at a time, what it says, and what it is told.
+//!
+//! ```text
+//!             Register                     link closes
+//!  (none) ───────────────► Link: linked ──────────────► Silent: bindings stay
+//!     ▲                        ▲                          │        │
+//!     │                        └── Register (= drained) ──┘        │
+//!     └────────────────────────────── process dead ────────────────┘
+//! ```
 
+use super::files::Done;
 use super::{Driver, fresh};
-use crate::link::LinkPacket;
+use crate::link::{LinkPacket, Peer};
 use holdfast_shared::state::Input;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::link::{
@@ -24,7 +33,58 @@ pub(super) struct Link {
     pub(super) last_question: u64,
 }
 
+/// A dataplane whose link has closed and whose death is waited for.
+pub(super) struct Silent {
+    link: u64,
+    waits: tokio::task::AbortHandle,
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        self.waits.abort();
+    }
+}
+
 impl Driver {
+    pub(super) fn end_link(&mut self, id: u64, peer: Peer) {
+        if !self.link.as_ref().is_some_and(|link| link.id == id) {
+            return;
+        }
+        tracing::warn!("the link has closed; opens and their bindings stay");
+        self.link = None;
+        self.gauges.link_up.store(0, Relaxed);
+        self.input(Input::LinkDown);
+        let done = self.done.clone();
+        let waits = tokio::spawn(async move {
+            if peer.died().await {
+                let _ = done.send(Done::DataplaneDied(id));
+            } else {
+                tracing::error!("dataplane's end cannot be seen; its bindings stay until it registers");
+            }
+        });
+        self.silent = Some(Silent { link: id, waits: waits.abort_handle() });
+    }
+
+    pub(super) fn dataplane_died(&mut self, id: u64) {
+        if self.silent.take_if(|silent| silent.link == id).is_some() {
+            tracing::warn!("dataplane is dead and its bindings are gone; opens stay");
+            self.input(Input::LinkLost);
+        }
+    }
+
+    pub(super) fn earlier_dataplane_lives(&mut self) {
+        tracing::info!("a dataplane is running; nothing is opened before it has let go of earlier bindings");
+        self.earlier = true;
+        self.input(Input::DataplaneMayLive);
+    }
+
+    pub(super) fn earlier_dataplane_dead(&mut self) {
+        if std::mem::take(&mut self.earlier) {
+            tracing::info!("the earlier dataplane is dead");
+            self.input(Input::LinkLost);
+        }
+    }
+
     pub(super) fn begin_link(
         &mut self,
         id: u64,
@@ -47,6 +107,9 @@ impl Driver {
         }
         tracing::info!("dataplane linked");
         self.gauges.link_up.store(1, Relaxed);
+        // Its registration says that whatever was bound before is drained.
+        self.silent = None;
+        self.earlier = false;
         self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0 });
         self.input(Input::LinkUp { service_blob: register.service_blob });
     }

@@ -18,6 +18,8 @@ pub(super) struct HeldFile {
 /// What comes back from a blocking thread.
 pub(super) enum Done {
     Input(Input),
+    /// The dataplane that was silent since the link of that number closed.
+    DataplaneDied(u64),
     Opened(OperationId, FileId, Result<(FileOpened, HeldFile), Refusal>),
 }
 

@@ -14,9 +14,9 @@ mod files;
 
 use crate::errno::refusal;
 use crate::gauges::Gauges;
-use crate::link::LinkPacket;
+use crate::link::{LinkPacket, Peer};
 use crate::volume::Volume;
-use dataplane::Link;
+use dataplane::{Link, Silent};
 use files::{Done, HeldFile};
 use holdfast_shared::state::{Authority, Effect, FileId, Fresh, Input, SessionBegan};
 use holdfast_shared::types::{SessionId, Status, Timestamp, VolumeId};
@@ -40,8 +40,10 @@ pub enum Event {
     LinkBegin(u64, Register, mpsc::UnboundedSender<LinkPacket>),
     /// It says something.
     LinkMessage(u64, ToControl),
-    /// It is gone.
-    LinkEnd(u64),
+    /// That connection has closed. The process behind it may live.
+    LinkEnd(u64, Peer),
+    /// No dataplane of an earlier control lives any more.
+    EarlierDataplaneDead,
     /// Somebody wants dataplane's gauges.
     Gauges(oneshot::Sender<Vec<Gauge>>),
     /// Close everything; tell when it is done.
@@ -65,13 +67,18 @@ pub struct Driver {
     sessions: HashMap<SessionId, mpsc::Sender<Answer>>,
     files: HashMap<FileId, HeldFile>,
     link: Option<Link>,
+    /// The dataplane whose link has closed, while it may live.
+    silent: Option<Silent>,
+    /// A dataplane of an earlier control may live, and has not registered with us.
+    earlier: bool,
     done: mpsc::UnboundedSender<Done>,
     effects: Vec<Effect>,
     stopping: Option<oneshot::Sender<()>>,
 }
 
 impl Driver {
-    /// Runs until the events end.
+    /// Runs until the events end. If a dataplane of an earlier control may live, nothing is opened before it has
+    /// registered or [`Event::EarlierDataplaneDead`] has come.
     ///
     /// # Errors
     /// If the random number generator fails: then nothing may go on.
@@ -79,6 +86,7 @@ impl Driver {
         authority: Authority,
         volumes: HashMap<VolumeId, Arc<Volume>>,
         gauges: Arc<Gauges>,
+        dataplane_may_live: bool,
         mut events: mpsc::Receiver<Event>,
     ) -> anyhow::Result<()> {
         let (done, mut results) = mpsc::unbounded_channel();
@@ -90,10 +98,15 @@ impl Driver {
             sessions: HashMap::new(),
             files: HashMap::new(),
             link: None,
+            silent: None,
+            earlier: false,
             done,
             effects: Vec::new(),
             stopping: None,
         };
+        if dataplane_may_live {
+            driver.earlier_dataplane_lives();
+        }
         loop {
             let due = driver.authority.poll_timeout();
             let alarm = async {
@@ -162,14 +175,8 @@ impl Driver {
                     self.link_message(message)?;
                 }
             }
-            Event::LinkEnd(id) => {
-                if self.link.as_ref().is_some_and(|link| link.id == id) {
-                    tracing::warn!("dataplane is gone; opens stay");
-                    self.link = None;
-                    self.gauges.link_up.store(0, Relaxed);
-                    self.input(Input::LinkLost);
-                }
-            }
+            Event::LinkEnd(id, peer) => self.end_link(id, peer),
+            Event::EarlierDataplaneDead => self.earlier_dataplane_dead(),
             Event::Gauges(answer) => self.ask_gauges(answer),
             Event::Stop(stopped) => {
                 self.stopping = Some(stopped);
@@ -195,6 +202,7 @@ impl Driver {
 
     fn finished(&mut self, done: Done) {
         match done {
+            Done::DataplaneDied(id) => self.dataplane_died(id),
             Done::Input(input) => self.input(input),
             Done::Opened(operation, file, result) => {
                 let result = result.map(|(opened, held)| {

@@ -25,9 +25,18 @@ pub struct Dataplane {
 impl Dataplane {
     /// Connected, not registered.
     pub fn connect(server: &Server) -> Self {
+        Self::connect_to(&server.link())
+    }
+
+    pub fn connect_to(link: &std::path::Path) -> Self {
         let socket =
             socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        connect(&socket, &SocketAddrUnix::new(server.link()).unwrap()).unwrap();
+        connect(&socket, &SocketAddrUnix::new(link).unwrap()).unwrap();
+        Self::of(socket)
+    }
+
+    /// On a socket that is connected.
+    pub fn of(socket: OwnedFd) -> Self {
         let wait = std::time::Duration::from_secs(20);
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(wait)).unwrap();
         Self { socket, last: 0 }

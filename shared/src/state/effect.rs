@@ -70,7 +70,7 @@ pub enum Effect {
         /// Why.
         status: Status,
     },
-    /// Have dataplane fence a binding. Answered by `Fenced`, `Released` or `LinkLost`.
+    /// Have dataplane fence a binding. Answered by `Fenced`, `Released`, `LinkUp` or `LinkLost`.
     Fence(Fence),
     /// Dataplane has not confirmed a fence in time. Whatever waits for it goes on waiting: tell the operator.
     FenceOverdue(LinkBinding),

@@ -1,11 +1,11 @@
 //! The end of bindings, and of opens with them.
 //!
 //! An open that ends is first *closing*: every binding is fenced, and only when dataplane has confirmed each (or is
-//! gone with everything it held) is the descriptor closed, the claim on the file given up, and the close
+//! proven dead, or has registered anew, which it does only when everything it held is drained) is the descriptor closed, the claim on the file given up, and the close
 //! answered. So nothing lands after the answer, and no conflicting open is granted before.
 
 use super::table::Life;
-use super::{Asker, Authority, Effect};
+use super::{Asker, Authority, Effect, Subject, Work};
 use crate::types::{OpenId, Status, Timestamp};
 use crate::wire::control::Reply;
 use crate::wire::link::{Fence, LinkBinding};
@@ -67,14 +67,31 @@ impl Authority {
             return;
         }
         open.life = Life::Closing { waiters: waiter.into_iter().collect() };
+        self.fence(now, id, reason, effects);
+        self.finish_close(id, effects);
+    }
+
+    /// Begins a new epoch of an open: whatever is bound to it is fenced.
+    pub(super) fn fence(&mut self, now: Timestamp, id: OpenId, reason: Status, effects: &mut Vec<Effect>) {
+        let Some(open) = self.opens.get_mut(id) else { return };
         open.epoch += 1;
         let due = now.saturating_add(self.limits.fence_wait);
-        for (number, binding) in &mut open.bindings {
+        for (number, binding) in open.bindings.iter_mut().filter(|(_, binding)| !binding.fencing) {
             binding.fencing = true;
             self.fences.ask(*number, due);
             effects.push(Effect::Fence(Fence { binding: *number, epoch: binding.epoch, reason }));
         }
-        self.finish_close(id, effects);
+    }
+
+    /// Repeated open requests that waited for an earlier session's bindings go on when those are fenced.
+    pub(super) fn go_on_replaying(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
+        let Some(open) = self.opens.get_mut(id) else { return };
+        if open.bindings.values().any(|binding| binding.fencing) {
+            return;
+        }
+        for operation in std::mem::take(&mut open.replays) {
+            effects.push(Effect::Perform { operation, work: Work::Attributes(Subject::File(open.file)) });
+        }
     }
 
     /// Ends an open that is closing and has nothing left to wait for.
@@ -117,15 +134,18 @@ impl Authority {
     pub(super) fn released(&mut self, binding: LinkBinding, effects: &mut Vec<Effect>) {
         self.fences.confirm(binding);
         if let Some((open, _)) = self.opens.unbind(binding) {
+            self.go_on_replaying(open, effects);
             self.finish_close(open, effects);
         }
     }
 
-    /// Dataplane is gone: so is everything it held.
+    /// Dataplane is dead, or has drained everything it held: no binding is left.
     pub(super) fn lose_link(&mut self, effects: &mut Vec<Effect>) {
         self.service_blob = None;
+        self.unknown_bindings = false;
         self.fences = Fences::default();
         for open in self.opens.unbind_all() {
+            self.go_on_replaying(open, effects);
             self.finish_close(open, effects);
         }
     }

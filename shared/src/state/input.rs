@@ -45,12 +45,17 @@ pub enum Input {
         /// The answer for the client, or why not.
         result: Result<Reply, Refusal>,
     },
-    /// A dataplane registered.
+    /// At the start only: a dataplane of an earlier control may live and hold bindings that this authority does not
+    /// know. Until [`Input::LinkUp`] or [`Input::LinkLost`] nothing is granted that they could conflict with.
+    DataplaneMayLive,
+    /// A dataplane registered. By the link's contract every binding of earlier registrations is drained.
     LinkUp {
         /// As registered; handed on unread.
         service_blob: Vec<u8>,
     },
-    /// The dataplane is gone, and with it every descriptor and queue pair it held. Opens stay.
+    /// The link has closed. Dataplane may live, and its bindings with it: all of them stay.
+    LinkDown,
+    /// The dataplane is proven dead, and with it every descriptor and queue pair it held. Opens stay.
     LinkLost,
     /// Dataplane carries a client's bind request.
     Redeem {

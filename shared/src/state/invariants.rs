@@ -63,6 +63,8 @@ impl Authority {
                     assert!(open.bindings.values().all(|b| b.fencing), "unfenced binding");
                 }
             }
+            let fenced = !open.bindings.values().any(|b| b.fencing);
+            assert!(open.replays.is_empty() || !fenced, "{id} holds replays back for nothing");
             let created = self.create_ids.0.get(&(open.principal.clone(), open.create_id));
             assert!(matches!(created, Some(Created::Open(open, _)) if open == id));
         }
@@ -94,6 +96,12 @@ impl Authority {
         for (id, session) in self.sessions.iter() {
             assert_eq!(session.opening, opening.get(id).copied().unwrap_or(0));
         }
+        let mut operations: BTreeMap<_, usize> = BTreeMap::new();
+        for operation in self.operations.iter() {
+            *operations.entry(operation.principal.clone()).or_default() += 1;
+        }
+        assert_eq!(operations, self.operations.principals);
+        assert!(operations.values().all(|count| *count <= self.limits.operations_per_principal));
         let being_made: usize = opening.values().sum();
         assert_eq!(self.create_ids.0.len(), self.opens.len() + being_made);
         assert!(self.create_ids.0.len() <= self.limits.opens);

@@ -19,6 +19,8 @@ pub struct Limits {
     pub bindings_per_open: usize,
     /// Operations under way in the file system, in all.
     pub operations: usize,
+    /// The same, of one principal.
+    pub operations_per_principal: usize,
     /// How long dataplane may take to confirm a fence before the operator is told.
     pub fence_wait: Duration,
 }
@@ -33,6 +35,7 @@ impl Default for Limits {
             opens_per_session: 65_536,
             bindings_per_open: 64,
             operations: 1024,
+            operations_per_principal: 256,
             fence_wait: Duration::from_secs(10),
         }
     }

@@ -76,6 +76,8 @@ pub struct Authority {
     fences: Fences,
     /// What dataplane registered; `None` while no dataplane is linked.
     service_blob: Option<Vec<u8>>,
+    /// A dataplane may live that serves bindings of an earlier control.
+    unknown_bindings: bool,
 }
 
 /// How much there is of everything, for the operator.
@@ -109,6 +111,7 @@ impl Authority {
             operations: Operations::default(),
             fences: Fences::default(),
             service_blob: None,
+            unknown_bindings: false,
         }
     }
 
@@ -123,7 +126,12 @@ impl Authority {
             Input::FileOpened { operation, result } => self.file_opened(operation, result, effects),
             Input::Resolved { operation, result } => self.names_resolved(operation, result, effects),
             Input::Performed { operation, result } => self.performed(operation, result, effects),
-            Input::LinkUp { service_blob } => self.service_blob = Some(service_blob),
+            Input::DataplaneMayLive => self.unknown_bindings = true,
+            Input::LinkUp { service_blob } => {
+                self.lose_link(effects);
+                self.service_blob = Some(service_blob);
+            }
+            Input::LinkDown => self.service_blob = None,
             Input::LinkLost => self.lose_link(effects),
             Input::Redeem { redeem, fresh } => self.redeem(&redeem, &fresh, effects),
             Input::Fenced(fence) => self.fenced(fence, effects),
@@ -168,6 +176,24 @@ impl Asker {
 
     fn refuse(self, refusal: Refusal, effects: &mut Vec<Effect>) {
         self.answer(Reply::Refused(refusal), effects);
+    }
+}
+
+/// How long a client should wait before it asks again for what must wait for dataplane, milliseconds.
+const DATAPLANE_RETRY_MS: u64 = 200;
+
+impl Authority {
+    /// Refuses what a binding of an earlier control could conflict with, while one may live. Fence before grant
+    /// holds across restarts too.
+    fn know_all_bindings(&self) -> Result<(), Refusal> {
+        if self.unknown_bindings {
+            let words = "dataplane has not let go of earlier bindings yet";
+            return Err(Refusal {
+                retry_ms: Some(DATAPLANE_RETRY_MS),
+                ..refusal(Status::Unavailable, words)
+            });
+        }
+        Ok(())
     }
 }
 

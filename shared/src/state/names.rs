@@ -15,6 +15,7 @@ use super::table::FileId;
 use super::{Asker, Authority, Changes, Effect, FileIdentity, FileOpened, Located, Subject, Work, refusal};
 use crate::types::{Access, Disposition, FileTime, ShareMode, Status};
 use crate::wire::control::{self, Place, Refusal, Target};
+use std::sync::Arc;
 
 /// A change of names that waits to learn which files are concerned.
 #[derive(Debug)]
@@ -30,6 +31,7 @@ impl Authority {
         place: &Place,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Refusal> {
+        self.know_all_bindings()?;
         let at = self.locate_name(asker, place)?;
         let operation = self.start(asker, Stage::Resolving(NameChange::Remove(at.clone())))?;
         effects.push(Effect::Resolve { operation, names: vec![at] });
@@ -42,6 +44,7 @@ impl Authority {
         rename: &control::Rename,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Refusal> {
+        self.know_all_bindings()?;
         let from = self.locate_name(asker, &rename.from)?;
         let to = self.locate_name(asker, &rename.to)?;
         if from.volume != to.volume {
@@ -68,9 +71,9 @@ impl Authority {
         result: Result<Vec<Option<FileIdentity>>, Refusal>,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(Operation { asker, stage }) = self.operations.remove(id) else { return };
+        let Some(Operation { asker, principal, stage }) = self.operations.remove(id) else { return };
         let Stage::Resolving(change) = stage else {
-            return self.operations.insert(id, asker, stage);
+            return self.operations.insert(id, Operation { asker, principal, stage });
         };
         match result.and_then(|found| self.claim_names(change, &found)) {
             Err(refused) => asker.refuse(refused, effects),
@@ -78,7 +81,8 @@ impl Authority {
                 for (file, access, share) in &claims {
                     self.shares.enter(*file, *access, *share);
                 }
-                self.operations.insert(id, asker, Stage::ChangingNames(claims));
+                let stage = Stage::ChangingNames(claims);
+                self.operations.insert(id, Operation { asker, principal, stage });
                 effects.push(Effect::Perform { operation: id, work });
             }
         }
@@ -143,11 +147,12 @@ impl Authority {
                 Ok(())
             }
             Target::Path(place) => {
-                let at = self.locate(asker, &place, Right::ReadWrite)?;
+                let at = self.locate_name(asker, &place)?;
                 if changes.size.is_none() {
                     let work = Work::SetAttributes(Subject::Name(at), changes);
                     return self.perform(asker, work, Stage::Plain, effects);
                 }
+                self.know_all_bindings()?;
                 let operation = self.start(asker, Stage::OpeningForChange(changes))?;
                 effects.push(Effect::OpenFile {
                     operation,
@@ -167,6 +172,7 @@ impl Authority {
         &mut self,
         id: OperationId,
         asker: Asker,
+        principal: Arc<str>,
         changes: Changes,
         result: Result<FileOpened, Refusal>,
         effects: &mut Vec<Effect>,
@@ -183,7 +189,8 @@ impl Authority {
                 .refuse(refusal(Status::ShareConflict, "an open of the file denies writing"), effects);
         }
         self.shares.enter(claim.0, claim.1, claim.2);
-        self.operations.insert(id, asker, Stage::Changing(file, claim));
+        let stage = Stage::Changing(file, claim);
+        self.operations.insert(id, Operation { asker, principal, stage });
         let work = Work::SetAttributes(Subject::File(file), changes);
         effects.push(Effect::Perform { operation: id, work });
     }

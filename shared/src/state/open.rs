@@ -7,14 +7,14 @@
 //!                         same open (rule 6)                  is as it was
 //! ```
 
-use super::operation::{OperationId, Stage};
+use super::operation::{Operation, OperationId, Stage};
 use super::rules::Right;
 use super::table::{Binding, FileId, Life, Open};
 use super::{
     Asker, Authority, Changes, Effect, FileIdentity, FileOpened, Fresh, Located, Subject, Work, refusal,
 };
 use crate::auth::{MacPolicy, ResumeKey};
-use crate::types::{Access, CreateId, HandleId, OpenId, SessionId, Status, VolumeId};
+use crate::types::{Access, CreateId, HandleId, OpenId, SessionId, Status, Timestamp, VolumeId};
 use crate::wire::control::{self, Attributes, KeyGrant, Opened, Refusal, Reply};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -50,6 +50,7 @@ pub(super) struct CreateIds(pub(super) BTreeMap<(Arc<str>, CreateId), Created>);
 impl Authority {
     pub(super) fn open(
         &mut self,
+        now: Timestamp,
         asker: Asker,
         request: control::Open,
         fresh: Fresh,
@@ -57,6 +58,7 @@ impl Authority {
     ) -> Result<(), Refusal> {
         let session = self.sessions.get(asker.session).ok_or_else(|| refusal(Status::SessionGone, ""))?;
         let principal = session.principal.clone();
+        self.know_all_bindings()?;
         let changes = request.access.contains(Access::WRITE)
             || request.access.contains(Access::DELETE)
             || request.disposition.creates()
@@ -81,7 +83,7 @@ impl Authority {
                 Created::Open(_, first) if **first != request => Err(refusal(Status::DuplicateCreate, "")),
                 Created::Open(id, _) => {
                     let id = *id;
-                    self.replay(asker, id, fresh, effects)
+                    self.replay(now, asker, id, fresh, effects)
                 }
             };
         }
@@ -142,9 +144,11 @@ impl Authority {
     }
 
     /// The request is repeated after it was answered: the same open. If it comes from a later session of the
-    /// principal, the open moves there, for the first one is not coming back; so does its secret.
+    /// principal, the open and its secret move there, and the earlier session ends: its client is not coming back, or
+    /// is being replaced. What was bound with the earlier secret is fenced before the answer.
     fn replay(
         &mut self,
+        now: Timestamp,
         asker: Asker,
         id: OpenId,
         fresh: Fresh,
@@ -154,24 +158,28 @@ impl Authority {
         let Some(open) = self.opens.get_mut(id).filter(|open| matches!(open.life, Life::Active)) else {
             return Err(refusal(Status::Closed, "the open of this create id is closing"));
         };
-        let (file, before) = (open.file, open.session);
+        let before = open.session;
+        let room = self.sessions.get(asker.session).is_some_and(|s| s.opens.len() + s.opening < limit);
+        if before != asker.session && !room {
+            return Err(refusal(Status::TooMany, "no room for another open"));
+        }
+        let operation = self.start(asker, Stage::Replaying(id, Box::new(fresh)))?;
+        let Some(open) = self.opens.get_mut(id) else { return Ok(()) };
+        open.works += 1;
+        open.replays.push(operation);
         if before != asker.session {
             let Some(session) = self.sessions.get_mut(asker.session) else { return Ok(()) };
-            if session.opens.len() + session.opening >= limit {
-                return Err(refusal(Status::TooMany, "no room for another open"));
-            }
             session.opens.insert(id);
             open.secret = session.key.bind_secret(id);
             open.session = asker.session;
             if let Some(session) = self.sessions.get_mut(before) {
                 session.opens.remove(&id);
             }
+            effects.push(Effect::Disconnect(before));
+            self.lose_session(now, before, effects);
+            self.fence(now, id, Status::SessionGone, effects);
         }
-        let work = Work::Attributes(Subject::File(file));
-        self.perform(asker, work, Stage::Replaying(id, Box::new(fresh)), effects)?;
-        if let Some(open) = self.opens.get_mut(id) {
-            open.works += 1;
-        }
+        self.go_on_replaying(id, effects);
         Ok(())
     }
 
@@ -182,14 +190,14 @@ impl Authority {
         result: Result<FileOpened, Refusal>,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(operation) = self.operations.remove(id) else { return };
+        let Some(Operation { asker, principal, stage }) = self.operations.remove(id) else { return };
         let file = FileId(id.0);
-        let opening = match operation.stage {
+        let opening = match stage {
             Stage::Opening(opening) => opening,
             Stage::OpeningForChange(changes) => {
-                return self.opened_for_change(id, operation.asker, changes, result, effects);
+                return self.opened_for_change(id, asker, principal, changes, result, effects);
             }
-            stage => return self.operations.insert(id, operation.asker, stage),
+            stage => return self.operations.insert(id, Operation { asker, principal, stage }),
         };
         let FileOpened { identity, attributes, created } = match result {
             Ok(opened) => opened,
@@ -204,7 +212,8 @@ impl Authority {
         let wanted = opening.waiters.iter().any(|waiter| self.sessions.get(waiter.session).is_some());
         if wanted && opening.request.disposition.truncates() && !created {
             let changes = Changes { size: Some(0), ..Changes::default() };
-            self.operations.insert(id, operation.asker, Stage::Truncating(opening, file, identity));
+            let stage = Stage::Truncating(opening, file, identity);
+            self.operations.insert(id, Operation { asker, principal, stage });
             let work = Work::SetAttributes(Subject::File(file), changes);
             effects.push(Effect::Perform { operation: id, work });
         } else {
@@ -284,6 +293,7 @@ impl Authority {
             epoch: 1,
             bindings: BTreeMap::new(),
             works: 0,
+            replays: Vec::new(),
             life: Life::Active,
         };
         self.opens.insert(id, open);
@@ -305,7 +315,7 @@ impl Authority {
         fresh: &Fresh,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(open) = self.opens.get(id) else {
+        let Some(open) = self.opens.get(id).filter(|open| matches!(open.life, Life::Active)) else {
             return asker.refuse(refusal(Status::Closed, ""), effects);
         };
         let opened = Opened {

@@ -6,6 +6,7 @@ use super::{Asker, Authority, Changes, Effect, FileIdentity, Fresh, Work, names:
 use crate::types::{Access, OpenId, ShareMode, Status};
 use crate::wire::control::{Refusal, Reply};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Names one operation under way; never used twice while control runs.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -40,12 +41,16 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub(super) struct Operation {
     pub(super) asker: Asker,
+    /// Whose share of the room it takes, whatever becomes of the session.
+    pub(super) principal: Arc<str>,
     pub(super) stage: Stage,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Operations {
     under_way: BTreeMap<OperationId, Operation>,
+    /// How many each principal has; those without any are left out.
+    pub(super) principals: BTreeMap<Arc<str>, usize>,
     last: u64,
 }
 
@@ -67,26 +72,44 @@ impl Operations {
         OperationId(self.last)
     }
 
-    pub(super) fn insert(&mut self, id: OperationId, asker: Asker, stage: Stage) {
-        self.under_way.insert(id, Operation { asker, stage });
+    /// How many a principal has under way.
+    fn share(&self, principal: &str) -> usize {
+        self.principals.get(principal).copied().unwrap_or(0)
+    }
+
+    pub(super) fn insert(&mut self, id: OperationId, operation: Operation) {
+        *self.principals.entry(operation.principal.clone()).or_default() += 1;
+        self.under_way.insert(id, operation);
     }
 
     pub(super) fn remove(&mut self, id: OperationId) -> Option<Operation> {
-        self.under_way.remove(&id)
+        let operation = self.under_way.remove(&id)?;
+        if let Some(count) = self.principals.get_mut(&operation.principal) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.principals.remove(&operation.principal);
+            }
+        }
+        Some(operation)
     }
 }
 
 impl Authority {
     /// Starts an operation, if there is room for one.
     pub(super) fn start(&mut self, asker: Asker, stage: Stage) -> Result<OperationId, Refusal> {
-        if self.operations.len() >= self.limits.operations {
+        let session = self.sessions.get(asker.session).ok_or_else(|| refusal(Status::SessionGone, ""))?;
+        let principal = session.principal.clone();
+        // What one principal asks for, however slow it is, leaves room for the others.
+        if self.operations.len() >= self.limits.operations
+            || self.operations.share(&principal) >= self.limits.operations_per_principal
+        {
             return Err(Refusal {
                 retry_ms: Some(100),
                 ..refusal(Status::TooMany, "too many operations are under way in the file system")
             });
         }
         let id = self.operations.next_id();
-        self.operations.insert(id, asker, stage);
+        self.operations.insert(id, Operation { asker, principal, stage });
         Ok(id)
     }
 
@@ -120,7 +143,7 @@ impl Authority {
         result: Result<Reply, Refusal>,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(Operation { asker, stage }) = self.operations.remove(id) else { return };
+        let Some(Operation { asker, principal, stage }) = self.operations.remove(id) else { return };
         match stage {
             Stage::Truncating(opening, file, identity) => {
                 self.truncated(*opening, file, identity, result, effects);
@@ -150,7 +173,7 @@ impl Authority {
             Stage::Plain => {}
             // An answer that does not fit the question: the shell's bug. The operation goes on.
             stage @ (Stage::Opening(_) | Stage::OpeningForChange(_) | Stage::Resolving(_)) => {
-                self.operations.insert(id, asker, stage);
+                self.operations.insert(id, Operation { asker, principal, stage });
                 return;
             }
         }

@@ -125,7 +125,7 @@ impl Authority {
                 asker.answer(Reply::Volumes(self.volumes.seen_by(&principal)), effects);
                 Ok(())
             }
-            Request::Open(open) => self.open(asker, open, fresh, effects),
+            Request::Open(open) => self.open(now, asker, open, fresh, effects),
             Request::QueryKey(open) => self.query_key(asker, open, &fresh, effects),
             // Also when it is closing already: then the answer comes with the other one's.
             Request::Close(open) => self.owned(asker, open).map(drop).map(|()| {

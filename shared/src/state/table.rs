@@ -10,7 +10,7 @@
 //! Today every open has hold time zero, so a lost session closes its opens. [`Life`] is where `Detached` and
 //! `Expired` join.
 
-use super::{Asker, Authority, FileIdentity, refusal};
+use super::{Asker, Authority, FileIdentity, OperationId, refusal};
 use crate::auth::{BindSecret, MacPolicy};
 use crate::types::{Access, CreateId, HandleId, OpenId, ProcessId, SessionId, ShareMode, Status, VolumeId};
 use crate::wire::control::Refusal;
@@ -69,6 +69,8 @@ pub(super) struct Open {
     pub(super) bindings: BTreeMap<LinkBinding, Binding>,
     /// Operations under way that use the descriptor.
     pub(super) works: usize,
+    /// Those among them that are held back until every fence asked for is confirmed.
+    pub(super) replays: Vec<OperationId>,
     pub(super) life: Life,
 }
 

@@ -2,9 +2,9 @@
 
 use super::world::*;
 use crate::auth::{BindAnswer, MacPolicy};
-use crate::state::{Effect, Input, Limits};
+use crate::state::{Effect, Input, Limits, Work};
 use crate::types::{Access, ShareMode, Status};
-use crate::wire::control::Opened;
+use crate::wire::control::{Opened, Rename, Reply, Request, SetAttributes, Target};
 use crate::wire::link::{Fence, Redeem};
 
 fn bound() -> (World, Opened) {
@@ -131,6 +131,104 @@ fn key_07_a_closed_open_has_no_key() {
     let session = crate::types::SessionId([1; 16]);
     assert!(closes(&world.ask(session, close(held.open))));
     assert_eq!(world.redeem(right(&session_key(1), &held, 1, RW)).err(), Some(Status::BadKey));
+}
+
+/// Silence is no proof: only a death or a new registration ends what was bound.
+#[test]
+fn opn_08_a_closed_link_ends_no_binding_until_dataplane_registers_or_dies() {
+    for dies in [false, true] {
+        let (mut world, held) = bound();
+        let session = crate::types::SessionId([1; 16]);
+        let exclusive = world.open(session, open(2, RW, ShareMode::NONE), 6);
+        world.bind(&session_key(1), &held, 1);
+        world.bind(&session_key(1), &exclusive, 1);
+        assert!(world.give(Input::LinkDown).is_empty());
+        assert_eq!(world.authority.counts().bindings, 2);
+        assert_eq!(fences(&world.ask(session, close(exclusive.open))).len(), 1, "the close waits");
+        let rival = world.try_open(session, open(3, Access::READ, ShareMode::ALL), 6);
+        assert_eq!(refusal(&rival), Status::ShareConflict);
+        // What is opened meanwhile cannot be bound.
+        let later = world.open(session, open(4, RW, ShareMode::ALL), 7);
+        assert!(later.key.service_blob.is_empty());
+        let up = Input::LinkUp { service_blob: b"next".to_vec() };
+        assert!(closes(&world.give(if dies { Input::LinkLost } else { up })));
+        let counts = world.authority.counts();
+        assert_eq!((counts.opens, counts.bindings, counts.fences), (2, 0, 0));
+        opened(&world.try_open(session, open(3, Access::READ, ShareMode::ALL), 6));
+    }
+}
+
+/// A control that starts beside a living dataplane does not know what that still serves.
+#[test]
+fn nothing_is_granted_while_an_earlier_controls_dataplane_may_live() {
+    let size = SetAttributes {
+        target: Target::Path(place("file")),
+        size: Some(0),
+        mode: None,
+        accessed: None,
+        modified: None,
+    };
+    let rename = Rename { from: place("file"), to: place("other"), no_replace: false };
+    for dies in [false, true] {
+        let mut world = World::new();
+        world.give(Input::DataplaneMayLive);
+        let session = world.begin(1, "u1");
+        for request in [
+            Request::Open(open(1, RW, ShareMode::ALL)),
+            Request::Remove(place("file")),
+            Request::Rename(rename.clone()),
+            Request::SetAttributes(size.clone()),
+        ] {
+            match &world.ask(session, request)[..] {
+                [Effect::Reply { reply: Reply::Refused(refusal), .. }] => {
+                    assert_eq!((refusal.status, refusal.retry_ms), (Status::Unavailable, Some(200)));
+                }
+                other => panic!("not refused: {other:?}"),
+            }
+        }
+        let up = Input::LinkUp { service_blob: Vec::new() };
+        world.give(if dies { Input::LinkLost } else { up });
+        world.open(session, open(1, RW, ShareMode::ALL), 5);
+    }
+}
+
+/// The same create id from a later session: the earlier one is over, and nothing bound with its secret lands after the
+/// answer.
+#[test]
+fn opn_06_a_replay_elsewhere_ends_the_earlier_session_and_fences_first() {
+    let (mut world, held) = bound();
+    let before = crate::types::SessionId([1; 16]);
+    world.open(before, open(2, RW, ShareMode::ALL), 6);
+    let old = world.bind(&session_key(1), &held, 1);
+    let later = world.begin(2, "u1");
+    let effects = world.ask(later, Request::Open(open(1, RW, ShareMode::ALL)));
+    assert!(matches!(effects[0], Effect::Disconnect(session) if session == before), "{effects:?}");
+    assert!(!effects.iter().any(|e| matches!(e, Effect::Perform { .. } | Effect::Reply { .. })));
+    let asked = fences(&effects);
+    assert_eq!(asked.len(), 1);
+    assert_eq!((asked[0].binding, asked[0].reason), (old, Status::SessionGone));
+    let counts = world.authority.counts();
+    assert_eq!((counts.sessions, counts.opens), (1, 1), "the earlier session's other open is closed");
+    // The earlier session asks no more; its secret binds nothing.
+    assert!(world.ask(before, close(held.open)).is_empty());
+    assert_eq!(world.redeem(right(&session_key(1), &held, 2, RW)).err(), Some(Status::BadKey));
+    let effects = world.confirm(asked[0]);
+    let [Effect::Perform { operation, work: Work::Attributes(_) }] = effects[..] else {
+        panic!("{effects:?}")
+    };
+    let again = opened(&world.performed(operation, 5));
+    assert_eq!(again.open, held.open);
+    let grant = world.redeem(right(&session_key(2), &again, 1, RW)).unwrap();
+    assert!(grant.epoch > asked[0].epoch);
+    // A replay that waits when its own session goes holds nothing up.
+    let third = world.begin(3, "u1");
+    let asked = fences(&world.ask(third, Request::Open(open(1, RW, ShareMode::ALL))));
+    world.give(Input::SessionLost(third));
+    let effects = world.confirm(asked[0]);
+    let [Effect::Perform { operation, .. }] = effects[..] else { panic!("{effects:?}") };
+    let effects = world.performed(operation, 5);
+    assert_eq!(refusal(&effects), Status::Closed);
+    assert_eq!(world.authority.counts(), Default::default());
 }
 
 #[test]

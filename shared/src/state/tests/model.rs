@@ -33,7 +33,12 @@ enum Step {
     LoseSession {
         session: u8,
     },
-    LoseLink,
+    /// The link closes, dataplane lives: nothing ends.
+    LinkDown,
+    /// It registers anew, or dies and another does: nothing is left of any binding.
+    LoseLink {
+        dies: bool,
+    },
     Remove {
         session: u8,
         inode: u64,
@@ -49,7 +54,8 @@ fn step() -> impl Strategy<Value = Step> {
         6 => any::<usize>().prop_map(|which| Step::Confirm { which }),
         2 => any::<usize>().prop_map(|which| Step::Release { which }),
         1 => (1u8..4).prop_map(|session| Step::LoseSession { session }),
-        1 => Just(Step::LoseLink),
+        1 => Just(Step::LinkDown),
+        1 => any::<bool>().prop_map(|dies| Step::LoseLink { dies }),
         2 => (1u8..4, 1u64..4).prop_map(|(session, inode)| Step::Remove { session, inode }),
     ]
 }
@@ -182,14 +188,18 @@ impl Model {
                 let effects = self.world.give(Input::SessionLost(SessionId([session; 16])));
                 self.ends(&effects);
             }
-            Step::LoseLink => {
+            Step::LinkDown => {
+                let effects = self.world.give(Input::LinkDown);
+                assert!(effects.is_empty(), "{effects:?}");
+            }
+            Step::LoseLink { dies } => {
                 for open in &mut self.opens {
                     open.bindings.clear();
                 }
                 self.fences.clear();
-                let effects = self.world.give(Input::LinkLost);
+                let up = Input::LinkUp { service_blob: Vec::new() };
+                let effects = self.world.give(if dies { Input::LinkLost } else { up });
                 self.ends(&effects);
-                self.world.give(Input::LinkUp { service_blob: Vec::new() });
             }
             Step::Remove { session, inode } if self.alive[usize::from(session)] => {
                 let session = SessionId([session; 16]);

@@ -75,7 +75,8 @@ fn opn_06_a_replay_gets_the_same_open_whenever_it_comes() {
     // After it, on a third: the open and its secret move there.
     let third = world.begin(3, "u1");
     let effects = world.ask(third, Request::Open(request.clone()));
-    let [Effect::Perform { operation, work: Work::Attributes(_) }] = effects[..] else {
+    let [Effect::Disconnect(_), Effect::Perform { operation, work: Work::Attributes(_) }] = effects[..]
+    else {
         panic!("{effects:?}")
     };
     let again = opened(&world.performed(operation, 5));
@@ -194,6 +195,36 @@ fn limits_answer_too_many_and_give_back() {
     let path = || Request::GetAttributes(Target::Path(place("file")));
     assert_eq!(world.ask(two, path()).len(), 1);
     assert_eq!(world.refused(two, path()), Status::TooMany);
+}
+
+#[test]
+fn one_principal_cannot_use_up_all_operations() {
+    let limits = Limits { operations: 4, operations_per_principal: 2, ..Limits::default() };
+    let mut world = World::with(limits, 1);
+    let (one, two) = (world.begin(1, "u1"), world.begin(2, "u1"));
+    let other = world.begin(3, "u2");
+    let path = || Request::GetAttributes(Target::Path(place("file")));
+    assert_eq!(world.ask(one, path()).len(), 1);
+    let effects = world.ask(two, path());
+    let [Effect::Perform { operation, .. }] = effects[..] else { panic!("{effects:?}") };
+    assert_eq!(world.refused(one, path()), Status::TooMany, "whichever its session");
+    // What is under way counts when its session is gone, and until it ends.
+    world.give(Input::SessionLost(two));
+    assert_eq!(world.refused(one, path()), Status::TooMany);
+    assert_eq!(world.ask(other, path()).len(), 1);
+    world.performed(operation, 5);
+    assert_eq!(world.ask(one, path()).len(), 1);
+}
+
+#[test]
+fn the_root_of_a_volume_keeps_its_attributes() {
+    let mut world = World::new();
+    let session = world.begin(1, "u1");
+    for path in ["", ".", "./"] {
+        let target = Target::Path(place(path));
+        let set = SetAttributes { target, size: None, mode: Some(0), accessed: None, modified: None };
+        assert_eq!(world.refused(session, Request::SetAttributes(set)), Status::Invalid);
+    }
 }
 
 #[test]
