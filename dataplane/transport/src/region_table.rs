@@ -110,9 +110,11 @@ fn random_name() -> io::Result<(u32, u64)> {
 }
 
 impl Target {
-    /// Keeps the registration from being withdrawn while bytes move; `None` if it has been.
+    /// Keeps the registration from being withdrawn while bytes move; `None` if it has been. One thread may hold several
+    /// of these for the same registration.
     pub(crate) fn lock(&self) -> Option<Live<'_>> {
-        let guard = self.entry.live.read();
+        // A plain read waits behind a withdrawal, which waits for the reads that this thread may hold already.
+        let guard = self.entry.live.read_recursive();
         guard.then_some(())?;
         Some(Live { _guard: guard })
     }
@@ -208,6 +210,27 @@ mod tests {
         assert!(!thread.is_finished());
         drop(live);
         thread.join().unwrap();
+        assert!(target.lock().is_none());
+    }
+
+    #[test]
+    fn a_withdrawal_that_waits_does_not_hold_up_who_has_the_lock_already() {
+        let registrar = TableRegistrar(RegionTable::new());
+        let registration = registrar.register(Region::new(8).unwrap(), RemoteAccess::Fetch).unwrap();
+        let target = registrar.0.find(registration.descriptor(), Wanted::Fetch).unwrap();
+        std::thread::scope(|scope| {
+            let live = target.lock().unwrap();
+            let withdrawal = scope.spawn(move || drop(registration));
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            assert!(!withdrawal.is_finished());
+            // The lock does not know threads: a second one stands for the same one, and can be waited for with a limit.
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let target = &target;
+            scope.spawn(move || sender.send(target.lock().is_some()));
+            let again = receiver.recv_timeout(std::time::Duration::from_secs(5));
+            drop(live);
+            assert_eq!(again, Ok(true), "the second lock waited behind the withdrawal");
+        });
         assert!(target.lock().is_none());
     }
 }

@@ -10,7 +10,6 @@
 //!   sleep until the descriptor is readable
 //! ```
 
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -29,6 +28,8 @@ pub(crate) struct CompletionQueue {
     channel: *mut ffi::ibv_comp_channel,
     /// Events received and not acknowledged: the library wants that before it destroys the queue.
     unacknowledged: u32,
+    /// Where entries are fetched to. Initialised once: of a failed request the device fills in only some fields.
+    entries: Box<[ffi::ibv_wc; POLL_BATCH as usize]>,
     _device: Arc<Device>,
 }
 
@@ -52,7 +53,9 @@ impl CompletionQueue {
             }
         };
         COMPLETION_QUEUES.add(1);
-        let queue = Self { cq, channel, unacknowledged: 0, _device: Arc::clone(device) };
+        // SAFETY: plain C structures of integers; all zeroes is a value of them.
+        let entries = Box::new(unsafe { std::mem::zeroed() });
+        let queue = Self { cq, channel, unacknowledged: 0, entries, _device: Arc::clone(device) };
         set_nonblocking(queue.fd()).map_err(|source| VerbsError::call("fcntl", source))?;
         Ok(queue)
     }
@@ -69,16 +72,12 @@ impl CompletionQueue {
 
     /// Fetches up to [`POLL_BATCH`] entries and hands each to `handle`. Returns how many there were.
     pub(crate) fn poll(&mut self, mut handle: impl FnMut(&ffi::ibv_wc)) -> Result<usize, VerbsError> {
-        let mut entries = [const { MaybeUninit::<ffi::ibv_wc>::uninit() }; POLL_BATCH as usize];
         // SAFETY: the queue is alive, and there is room for POLL_BATCH entries.
-        let count = unsafe { ffi::ibv_poll_cq(self.cq, i32::from(POLL_BATCH), entries.as_mut_ptr().cast()) };
+        let count = unsafe { ffi::ibv_poll_cq(self.cq, i32::from(POLL_BATCH), self.entries.as_mut_ptr()) };
         let Ok(count) = usize::try_from(count) else {
             return Err(VerbsError::call("ibv_poll_cq", std::io::Error::from_raw_os_error(libc::EIO)));
         };
-        for entry in entries.iter().take(count) {
-            // SAFETY: the device has filled the first `count` entries.
-            handle(unsafe { entry.assume_init_ref() });
-        }
+        self.entries.iter().take(count).for_each(&mut handle);
         Ok(count)
     }
 

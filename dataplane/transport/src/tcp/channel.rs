@@ -101,7 +101,12 @@ impl TcpChannel {
 
     /// Sends, receives, and sends what receiving gave rise to.
     fn advance(&mut self) -> Result<(), Ending> {
-        let sent = self.send()?;
+        let sent = match self.send() {
+            Ok(sent) => sent,
+            // The peer has gone. What it said before is still to be read: it may have told why.
+            Err(Ending::Io(error)) => return Err(self.last_words().unwrap_or(Ending::Io(error))),
+            Err(ending) => return Err(ending),
+        };
         // Right after a receive that left the socket empty there is hardly anything new: save the call, but never twice
         // in a row, so that who polls without arming is served too.
         let probably_empty = self.receive.socket() != Socket::Unknown;
@@ -109,15 +114,27 @@ impl TcpChannel {
         if self.skipped {
             return Ok(());
         }
+        self.receive()?;
+        self.send()?;
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(), Ending> {
         let mut context = Context {
             table: &self.table,
             fetches: &mut self.fetches,
             transmit: &mut self.transmit,
             ready: &mut self.ready,
         };
-        self.receive.pull(self.stream.as_fd(), &mut context)?;
-        self.send()?;
-        Ok(())
+        self.receive.pull(self.stream.as_fd(), &mut context)
+    }
+
+    /// Takes what arrived before the connection broke. Returns how the peer ended it, if that says more than that it did.
+    fn last_words(&mut self) -> Option<Ending> {
+        match self.receive() {
+            Ok(()) | Err(Ending::Disconnected | Ending::Io(_)) => None,
+            Err(said) => Some(said),
+        }
     }
 
     fn send(&mut self) -> Result<bool, Ending> {
@@ -265,14 +282,14 @@ impl Channel for TcpChannel {
         }
         match self.receive.socket() {
             Socket::Unknown => Armed::Pending,
-            Socket::Empty => Armed::Idle,
+            Socket::Empty if !self.skipped => Armed::Idle,
             // Bytes that come from now on give an edge. The end of the stream may have come with the last bytes,
-            // and would give none.
-            Socket::Short if self.socket_has(PollFlags::IN | PollFlags::RDHUP) => {
+            // and would give none; nor do bytes that came with the edge of the poll that left out receiving.
+            Socket::Short | Socket::Empty if self.socket_has(PollFlags::IN | PollFlags::RDHUP) => {
                 self.receive.mark_readable();
                 Armed::Pending
             }
-            Socket::Short => Armed::Idle,
+            Socket::Short | Socket::Empty => Armed::Idle,
         }
     }
 

@@ -1,8 +1,11 @@
 //! The Fetches of this side: which wait for their turn, which are asked, and where their answers go.
 //!
 //! ```text
-//!   submit ──► waiting ──(fewer than FETCHES_MAX asked)──► asked ──FetchData{tag}──► completion
+//!   submit ──► waiting ──(fewer than FETCHES_MAX asked)──► asked ──FetchData{tag}──► answered ──last byte──► completion
 //! ```
+//!
+//! The peer counts an answer until its last byte is in the socket. So a Fetch counts as asked here until that byte has
+//! come: the next one asked for never finds more than FETCHES_MAX unanswered there.
 
 use super::framing::{FETCHES_MAX, Frame};
 use crate::channel::{Completion, Kind, OperationError};
@@ -30,6 +33,7 @@ pub(super) struct Fetches {
     /// The key is the tag on the wire.
     pending: Slab<Pending>,
     waiting: VecDeque<(usize, RegionDescriptor)>,
+    /// Asked for, with an answer that is not here to its last byte.
     asked: usize,
 }
 
@@ -63,12 +67,16 @@ impl Fetches {
         self.asked < FETCHES_MAX && !self.waiting.is_empty()
     }
 
-    /// Takes the Fetch an answer is for, if it was asked.
+    /// Takes the Fetch an answer is for, if it was asked. It counts as asked until [`Fetches::arrived`].
     pub(super) fn answered(&mut self, tag: u32) -> Option<Pending> {
         let key = usize::try_from(tag).ok()?;
         self.pending.get(key).filter(|pending| pending.asked)?;
-        self.asked -= 1;
         self.pending.try_remove(key)
+    }
+
+    /// The last byte of an answer has come.
+    pub(super) fn arrived(&mut self) {
+        self.asked = self.asked.saturating_sub(1);
     }
 
     /// Takes all of them.

@@ -294,6 +294,7 @@ impl Receive {
                 context.ready.push_back(Completion { token, kind: Kind::Recv, buffer, outcome: Ok(length) });
             }
             State::Data { pending, .. } => {
+                context.fetches.arrived();
                 let length = pending.length;
                 context.ready.push_back(pending.complete(Ok(length)));
             }

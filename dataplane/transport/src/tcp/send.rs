@@ -211,6 +211,7 @@ impl Transmit {
         let begun = self.queue.front().is_some_and(|frame| frame.sent > 0);
         let first = begun.then(|| self.queue.pop_front()).flatten();
         self.flush(None, ready);
+        self.answers = first.iter().filter(|frame| matches!(frame.payload, Payload::Answer(_))).count();
         self.queue.extend(first);
         self.add(Frame::Refused { refusal, tag });
         // Best effort: a peer that does not read is not told.
@@ -237,5 +238,52 @@ fn withdrawn(frame: &Outgoing) -> Ending {
         why: "it fetches from memory that was withdrawn",
         refusal: Refusal::Access,
         tag: frame.tag,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::{Registrar, RemoteAccess};
+    use crate::region_table::{RegionTable, TableRegistrar, Wanted};
+    use holdfast_verbs::memory::Region;
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_refusal_follows_an_answer_that_is_half_sent() {
+        const LENGTH: usize = 160 << 10;
+        let registrar = TableRegistrar(RegionTable::new());
+        let registration = registrar.register(Region::new(LENGTH).unwrap(), RemoteAccess::Fetch).unwrap();
+        let target = || registrar.0.find(registration.descriptor(), Wanted::Fetch).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&ours, 64 << 10).unwrap();
+        let (mut transmit, mut ready) = (Transmit::with_capacity(4), VecDeque::new());
+        transmit.add_answer(target(), 1);
+        transmit.add_answer(target(), 2);
+        assert!(transmit.push(ours.as_fd(), &mut ready).is_ok());
+        assert!(transmit.queue.front().is_some_and(|first| first.sent > 0), "the socket took a part");
+        assert_eq!(transmit.answers(), 2);
+        // The peer makes room, for the rest of the first.
+        theirs.set_nonblocking(true).unwrap();
+        let (mut seen, mut bytes) = (0, vec![0; 64 << 10]);
+        while let Ok(count) = theirs.read(&mut bytes) {
+            seen += count;
+        }
+        transmit.refuse(ours.as_fd(), Refusal::Access, 9, &mut ready);
+        assert_eq!((transmit.answers(), transmit.queue.len()), (0, 0));
+        drop(ours);
+        let mut rest = Vec::new();
+        theirs.set_nonblocking(false).unwrap();
+        theirs.read_to_end(&mut rest).unwrap();
+        let answer = HEADER_BYTES + LENGTH - seen;
+        assert_eq!(
+            rest.len(),
+            answer + HEADER_BYTES,
+            "the rest of the first answer, and nothing of the second"
+        );
+        assert_eq!(rest[answer..], Frame::Refused { refusal: Refusal::Access, tag: 9 }.encode());
     }
 }

@@ -194,6 +194,8 @@ impl VerbsChannel {
                 || request.local.len() >= LONG_TRANSFER_BYTES;
         }
         if let Err(error) = self.connection.post(&mut self.outgoing) {
+            // First what has arrived: the peer may have said why.
+            self.collect();
             self.failed(&error);
         }
     }

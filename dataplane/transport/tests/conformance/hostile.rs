@@ -4,7 +4,7 @@ use crate::kit::*;
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_transport::tcp::framing::{FETCHES_MAX, HEADER_BYTES, LENGTH_MAX};
 use holdfast_transport::tcp::{TcpListener, connect};
-use holdfast_transport::{ChannelError, Kind, Listener, OperationError, RemoteAccess};
+use holdfast_transport::{Armed, ChannelError, Kind, Listener, OperationError, RemoteAccess};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
@@ -116,6 +116,83 @@ fn more_fetches_than_allowed_end_the_channel() {
     let flood: Vec<u8> = request.iter().copied().cycle().take(HEADER_BYTES * (FETCHES_MAX + 8)).collect();
     stream.write_all(&flood).unwrap();
     ends_as_misbehaved(&mut end, "too many fetches");
+}
+
+#[test]
+fn the_next_fetch_is_asked_for_when_an_answer_is_whole() {
+    const COUNT: usize = FETCHES_MAX + 1;
+    let mut listener = TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut stream = TcpStream::connect(listener.address()).unwrap();
+    let sizes = Sizes { depth: COUNT, receives: 1, buffer_len: 1000, buffers: COUNT + 1 };
+    let pool = Pool::new(sizes.buffer_len, sizes.buffers).unwrap();
+    let channel = listener.accept(&mut |_| Some(setup(&pool, sizes, 0))).unwrap();
+    let mut end = End::new(channel, pool);
+    for token in 0..COUNT as u64 {
+        end.fetch(token, RegionDescriptor::new(4096, 77, 1000));
+    }
+    end.pump();
+    let mut requests = vec![0; FETCHES_MAX * HEADER_BYTES];
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.read_exact(&mut requests).unwrap();
+    let tag = u32::from_le_bytes(requests[20..24].try_into().unwrap());
+    // Half an answer: its sender still counts it.
+    stream.write_all(&header(4, 1000, RegionDescriptor::NONE, tag)).unwrap();
+    stream.write_all(&[3; 500]).unwrap();
+    drive_for(&mut [&mut end], Duration::from_millis(100), |_| false);
+    stream.set_nonblocking(true).unwrap();
+    let mut request = [0; HEADER_BYTES];
+    let early = stream.read(&mut request).map_err(|error| error.kind());
+    assert_eq!(early, Err(std::io::ErrorKind::WouldBlock), "one more than may be unanswered");
+    stream.set_nonblocking(false).unwrap();
+    stream.write_all(&[3; 500]).unwrap();
+    assert_eq!(ok(&end.next(), Kind::Fetch), 1000);
+    end.pump();
+    stream.read_exact(&mut request).unwrap();
+    assert_eq!(request[0], 3);
+}
+
+#[test]
+fn nothing_readable_is_left_after_idle() {
+    let (mut end, mut stream) = victim(1);
+    let registration = end.register(64 << 20, RemoteAccess::Fetch);
+    stream.write_all(&header(3, 64 << 20, registration.descriptor(), 1)).unwrap();
+    // Until the socket takes no more of the answer, and has been found empty.
+    for _ in 0..4 {
+        drive_for(&mut [&mut end], Duration::from_millis(50), |_| false);
+        end.pump();
+    }
+    // Room to send and bytes to read come together, in one edge: the next poll sends, and nothing completes by that.
+    let mut some = vec![0; 16 << 20];
+    stream.write_all(&header(1, 2, RegionDescriptor::NONE, 0)).unwrap();
+    stream.write_all(b"hi").unwrap();
+    stream.read_exact(&mut some[..1 << 20]).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    loop {
+        end.pump();
+        if end.channel.arm() == Armed::Idle {
+            break;
+        }
+    }
+    assert_eq!(end.count(Kind::Recv), 1, "idle over a message that has come");
+}
+
+#[test]
+fn what_a_peer_said_before_it_went_is_received() {
+    let (mut end, mut stream) = victim(2);
+    end.send(1, b"a request");
+    end.pump();
+    end.done.clear();
+    // It says why, and closes without reading the request: that resets the connection.
+    stream.write_all(&header(1, 6, RegionDescriptor::NONE, 0)).unwrap();
+    stream.write_all(b"notice").unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    drop(stream);
+    std::thread::sleep(Duration::from_millis(50));
+    end.send(2, b"another");
+    drive(&mut [&mut end], |ends| ends[0].has_ended());
+    assert_eq!(end.channel.ended(), Some(ChannelError::Disconnected));
+    let heard = end.done.iter().find(|c| c.kind == Kind::Recv && c.outcome == Ok(6));
+    assert_eq!(&heard.expect("the notice").buffer[..6], b"notice");
 }
 
 #[test]

@@ -66,6 +66,7 @@ suite! {
         fetches_bring_what_is_there,
         nothing_is_moved_where_nothing_is_asked,
         more_fetches_than_the_wire_takes_at_once,
+        more_large_fetches_than_the_wire_takes_at_once,
         only_what_was_named_is_touched,
     };
     refusals::{
@@ -75,6 +76,7 @@ suite! {
         memory_outside_a_region_is_refused,
         access_that_was_not_given_is_refused,
         withdrawn_memory_is_refused,
+        memory_withdrawn_under_many_fetches_ends_them_all,
         other_channels_keep_their_memory_to_themselves,
     };
     life::{
@@ -88,6 +90,7 @@ suite! {
     waking::{
         two_sleepers_never_miss_each_other,
         bursts_between_sleepers_are_never_lost,
+        sleepers_that_move_bulk_both_ways_never_miss_each_other,
     };
     model::{
         random_operations_agree_with_the_model,

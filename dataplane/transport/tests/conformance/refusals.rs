@@ -136,6 +136,31 @@ pub(crate) fn withdrawn_memory_is_refused<F: Fabric>() {
     }
 }
 
+pub(crate) fn memory_withdrawn_under_many_fetches_ends_them_all<F: Fabric>() {
+    for round in 0..20 {
+        let (mut client, mut server) = ends::<F>(Sizes::default(), 1);
+        let registration = client.register(64 << 10, RemoteAccess::Fetch);
+        for token in 0..16 {
+            server.fetch(token, registration.descriptor());
+        }
+        let owner = std::thread::spawn(move || {
+            drive(&mut [&mut client], |ends| ends[0].has_ended());
+            client
+        });
+        let withdrawal = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_micros(50 * round));
+            drop(registration);
+        });
+        // Each comes back once: done before the withdrawal, refused, or with the channel that the refusal ends.
+        drive(&mut [&mut server], |ends| ends[0].count(Kind::Fetch) == 16);
+        withdrawal.join().unwrap();
+        let succeeded = server.done.drain(..).filter(|completion| completion.outcome.is_ok()).count();
+        assert_eq!(succeeded < 16, server.has_ended(), "round {round}");
+        drop(server);
+        assert!(owner.join().unwrap().has_ended());
+    }
+}
+
 pub(crate) fn other_channels_keep_their_memory_to_themselves<F: Fabric>() {
     let (owner, _peer) = ends::<F>(Sizes::default(), 1);
     let private = owner.register(4096, RemoteAccess::FetchAndPlace);

@@ -101,6 +101,32 @@ pub(crate) fn more_fetches_than_the_wire_takes_at_once<F: Fabric>() {
     }
 }
 
+pub(crate) fn more_large_fetches_than_the_wire_takes_at_once<F: Fabric>() {
+    const COUNT: usize = 128;
+    const LENGTH: usize = 256 << 10;
+    let sizes = Sizes { depth: COUNT, receives: 4, buffer_len: LENGTH, buffers: COUNT + 8 };
+    let (mut client, mut server) = ends::<F>(sizes, 1);
+    let registration = client.register(2 * LENGTH, RemoteAccess::Fetch);
+    let (content, whole) = (pattern(4, 2 * LENGTH), registration.descriptor());
+    registration.region().copy_in(0, &content).unwrap();
+    // Both at once, so that answers are half way at any moment.
+    let owner = std::thread::spawn(move || {
+        drive(&mut [&mut client], |ends| ends[0].has_ended());
+        registration
+    });
+    for token in 0..COUNT as u32 {
+        server.fetch(token.into(), whole.part(token * 1024, LENGTH as u32).unwrap());
+    }
+    drive(&mut [&mut server], |ends| ends[0].count(Kind::Fetch) == COUNT);
+    for completion in server.done.drain(..) {
+        let start = completion.token as usize * 1024;
+        assert_eq!(ok(&completion, Kind::Fetch), LENGTH);
+        assert!(completion.buffer[..] == content[start..start + LENGTH]);
+    }
+    drop(server);
+    owner.join().unwrap();
+}
+
 pub(crate) fn only_what_was_named_is_touched<F: Fabric>() {
     let (mut client, mut server) = ends::<F>(Sizes::default(), 2);
     let registration = client.register(40_000, RemoteAccess::FetchAndPlace);

@@ -1,7 +1,7 @@
 //! Both sides sleep whenever they may, on threads of their own. A lost wake-up hangs one of them.
 
 use crate::kit::*;
-use holdfast_transport::{Kind, Operation};
+use holdfast_transport::{Kind, Operation, RemoteAccess};
 
 pub(crate) fn two_sleepers_never_miss_each_other<F: Fabric>() {
     const ROUNDS: u64 = 2000;
@@ -93,4 +93,66 @@ pub(crate) fn bursts_between_sleepers_are_never_lost<F: Fabric>() {
         drive_for(&mut [&mut client], std::time::Duration::from_millis(5), |_| false);
     }
     let _server = other.join().unwrap();
+}
+
+pub(crate) fn sleepers_that_move_bulk_both_ways_never_miss_each_other<F: Fabric>() {
+    const ROUNDS: u64 = 100;
+    const LENGTH: usize = 1 << 20;
+    const BULK: u64 = 200;
+    let sizes = Sizes { depth: 16, receives: 8, buffer_len: LENGTH, buffers: 24 };
+    let (mut client, mut server) = ends::<F>(sizes, 4);
+    let [fetched, placed] =
+        [RemoteAccess::Fetch, RemoteAccess::Place].map(|access| client.register(LENGTH, access));
+    let (from, to) = (fetched.descriptor(), placed.descriptor());
+    // The client answers messages; all the time its memory is read and written.
+    let echo = std::thread::spawn(move || {
+        loop {
+            drive(&mut [&mut client], |ends| !ends[0].done.is_empty() || ends[0].has_ended());
+            if client.has_ended() {
+                return;
+            }
+            while let Some(completion) = client.done.pop_front() {
+                if completion.kind == Kind::Recv {
+                    let number = completion.buffer[..8].to_vec();
+                    client.submit(completion.token, Operation::Recv { buffer: completion.buffer });
+                    client.send(0, &number);
+                }
+            }
+        }
+    });
+    let (mut heard, mut moved) = (0, 0);
+    for _ in 0..2 {
+        server.fetch(0, from);
+        let buffer = server.buffer();
+        server.submit(0, Operation::Place { buffer, remote: to });
+    }
+    server.send(0, &0u64.to_le_bytes());
+    while heard < ROUNDS || moved < BULK {
+        let completion = server.next();
+        completion.outcome.unwrap();
+        let buffer = completion.buffer;
+        match completion.kind {
+            Kind::Recv => {
+                assert_eq!(buffer[..8], u64::to_le_bytes(heard));
+                heard += 1;
+                server.submit(completion.token, Operation::Recv { buffer });
+                if heard < ROUNDS {
+                    server.send(0, &heard.to_le_bytes());
+                }
+            }
+            Kind::Send => {}
+            kind => {
+                moved += 1;
+                let more = match kind {
+                    Kind::Fetch => Operation::Fetch { buffer, remote: from },
+                    _ => Operation::Place { buffer, remote: to },
+                };
+                if moved + 4 <= BULK {
+                    server.submit(0, more);
+                }
+            }
+        }
+    }
+    drop(server);
+    echo.join().unwrap();
 }

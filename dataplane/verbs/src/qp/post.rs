@@ -113,8 +113,7 @@ impl QueuePair {
         let outcome = ffi::check_errno(unsafe { ffi::ibv_post_send(self.qp, chain_start, &raw mut bad) });
         let accepted = match &outcome {
             Ok(()) => count,
-            // The first that was refused: those before it are the device's.
-            Err(_) => (0..count).find(|index| chain_start.wrapping_add(*index) == bad).unwrap_or(0),
+            Err(_) => accepted_before(bad, chain_start, count),
         };
         OUTSTANDING_WORK_REQUESTS.add(accepted as u64);
         for request in queue.drain(..accepted) {
@@ -161,5 +160,27 @@ impl QueuePair {
             return Err(VerbsError::TooLong { bytes: local.len(), limit: self.max_message as usize });
         }
         Ok(())
+    }
+}
+
+/// How many of the `count` requests from `chain` on are the device's after a refusal: those before the one that was `bad`.
+/// A provider that names none of them (rxe does when the doorbell fails) may have queued all: then all count as the
+/// device's, and their memory stays in the ring until they complete or the queue pair is destroyed.
+fn accepted_before(bad: *const ffi::ibv_send_wr, chain: *const ffi::ibv_send_wr, count: usize) -> usize {
+    (0..count).find(|index| std::ptr::eq(chain.wrapping_add(*index), bad)).unwrap_or(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_refuses_without_saying_which_may_hold_all() {
+        let chain = [const { MaybeUninit::<ffi::ibv_send_wr>::zeroed() }; CHAIN];
+        let start: *const ffi::ibv_send_wr = chain.as_ptr().cast();
+        assert_eq!(accepted_before(start, start, 3), 0);
+        assert_eq!(accepted_before(start.wrapping_add(2), start, 3), 2);
+        assert_eq!(accepted_before(std::ptr::null(), start, 3), 3);
+        assert_eq!(accepted_before(start.wrapping_add(5), start, 3), 3, "one that was not given");
     }
 }
