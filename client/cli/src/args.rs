@@ -34,6 +34,9 @@ impl Connection {
         let path = self.config.as_ref().context(
             "no configuration: give --config D/client.toml or set HOLDFAST_CONFIG (`holdfast init --dir D` makes one)",
         )?;
+        if !path.exists() {
+            anyhow::bail!("there is no {} (`holdfast init --dir D` makes D/client.toml)", path.display());
+        }
         let mut config = Config::load(path)?;
         if let Some(server) = &self.server {
             config.server.clone_from(server);
@@ -162,7 +165,7 @@ pub(crate) struct Serve {
 /// copied under its own name.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  holdfast cp a.db data:/backup/
+  holdfast cp a.db data:/
   holdfast cp -r ./tree data:/tree --depth 16
   holdfast cp -r data:/tree /tmp/out --transport tcp --json")]
 pub(crate) struct Copy {

@@ -3,7 +3,7 @@
 use crate::args::Cert;
 use crate::init::write_new;
 use crate::pki::{Authority, Identity, check_principal};
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 pub(crate) fn run(args: &Cert) -> anyhow::Result<()> {
     check_principal(&args.principal)?;
@@ -18,6 +18,12 @@ pub(crate) fn run(args: &Cert) -> anyhow::Result<()> {
     let identity = authority.client(&args.principal)?;
     let (certificate, key) =
         (pki.join(format!("{}.pem", args.principal)), pki.join(format!("{}.key", args.principal)));
+    if let Some(there) = [&certificate, &key].into_iter().find(|path| path.symlink_metadata().is_ok()) {
+        bail!(
+            "{} exists already, and nothing is overwritten; move it away to issue a new one",
+            there.display()
+        );
+    }
     write_new(&certificate, &identity.certificate, 0o644)?;
     write_new(&key, &identity.key, 0o600)?;
     println!("made {} and {}", certificate.display(), key.display());

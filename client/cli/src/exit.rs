@@ -1,6 +1,7 @@
 //! Exit codes, and how errors are told.
 
 use holdfast_client::{Ended, Error};
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Some files of several were not copied; each was named when it failed.
@@ -18,7 +19,7 @@ pub(crate) const HELP: &str = "Exit codes:
   2  the command line is not valid
   3  the server refused the request
   4  the server cannot be reached, or the connection broke
-  5  some of the files were copied, others not";
+  5  some of the files were copied, others not (none at all: as the first error)";
 
 /// Prints the error, if there is one, and chooses the exit code.
 pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
@@ -31,9 +32,11 @@ pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
         let status = error.chain().find_map(|e| e.downcast_ref::<Error>()).and_then(Error::status);
         let line =
             serde_json::json!({ "error": format!("{error:#}"), "status": status.map(|s| format!("{s:?}")) });
-        eprintln!("{line}");
+        let _ = writeln!(std::io::stderr(), "{line}");
     } else {
-        eprintln!("holdfast: {error:#}");
+        // Refusals carry the server's words. A standard error that is closed is no reason to panic.
+        let text = crate::output::shown_lines(&format!("{error:#}"));
+        let _ = writeln!(std::io::stderr(), "holdfast: {text}");
     }
     ExitCode::from(code(&error))
 }

@@ -43,8 +43,7 @@ pub(crate) async fn ls(connection: &Connection, args: &Ls) -> anyhow::Result<()>
 fn show(entry: &Entry) -> anyhow::Result<()> {
     let a = &entry.attributes;
     let slash = if a.kind == FileKind::Directory { "/" } else { "" };
-    // Control characters in a name are a server's or another user's: they must not drive the terminal.
-    let name: String = entry.name.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    let name = output::shown(&entry.name);
     line(format_args!(
         "{}  {:>14}  {}  {name}{slash}",
         output::permissions(a),
@@ -67,7 +66,7 @@ pub(crate) async fn stat(connection: &Connection, args: &Stat) -> anyhow::Result
         line(format_args!("path      {}", args.path))?;
         line(format_args!("kind      {}", output::kind(a.kind)))?;
         if let Some(target) = target {
-            line(format_args!("target    {}", target.escape_debug()))?;
+            line(format_args!("target    {}", output::shown(&target)))?;
         }
         line(format_args!(
             "size      {} ({}), {} on disk",
@@ -89,7 +88,7 @@ pub(crate) async fn mkdir(connection: &Connection, args: &Mkdir) -> anyhow::Resu
     let session = connection.connect().await?;
     for path in &args.paths {
         let made = if args.parents {
-            make_all(&session, path, args.mode).await
+            make_all(&session, path, args.mode).await.map(drop)
         } else {
             session.make_directory(&path.place(), args.mode).await
         };
@@ -99,8 +98,9 @@ pub(crate) async fn mkdir(connection: &Connection, args: &Mkdir) -> anyhow::Resu
     Ok(())
 }
 
-/// Makes a directory and its missing parents; one that exists is well.
-pub(crate) async fn make_all(session: &Session, path: &Remote, mode: u32) -> holdfast_client::Result<()> {
+/// Makes a directory and its missing parents; one that exists is well. True if the directory is new.
+pub(crate) async fn make_all(session: &Session, path: &Remote, mode: u32) -> holdfast_client::Result<bool> {
+    let mut made = false;
     let mut missing = vec![path.clone()];
     while let Some(next) = missing.last() {
         if next.path.is_empty() {
@@ -108,7 +108,11 @@ pub(crate) async fn make_all(session: &Session, path: &Remote, mode: u32) -> hol
             continue;
         }
         match session.make_directory(&next.place(), mode).await {
-            Ok(()) => drop(missing.pop()),
+            Ok(()) => {
+                missing.pop();
+                // The last one made is the directory itself, its parents came before.
+                made = missing.is_empty();
+            }
             Err(error) if error.status() == Some(Status::Exists) => {
                 // A link to a directory will do; a file will not.
                 let probe = session.attributes(&next.place()).await?;
@@ -125,7 +129,7 @@ pub(crate) async fn make_all(session: &Session, path: &Remote, mode: u32) -> hol
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    Ok(made)
 }
 
 pub(crate) async fn rm(connection: &Connection, args: &Rm) -> anyhow::Result<()> {
@@ -144,6 +148,11 @@ pub(crate) async fn rm(connection: &Connection, args: &Rm) -> anyhow::Result<()>
             Err(error) if !args.recursive && error.status() == Some(Status::NotEmpty) => {
                 return Err(error).with_context(|| format!("{path}: give -r to remove all that is in it"));
             }
+            Err(error) if error.status() == Some(Status::NotEmpty) => {
+                return Err(error).with_context(|| {
+                    format!("{path}: what is left in it cannot be named from here (its name is not UTF-8) or is being made anew; remove it on the server")
+                });
+            }
             other => other.with_context(|| path.to_string())?,
         }
     }
@@ -151,27 +160,52 @@ pub(crate) async fn rm(connection: &Connection, args: &Rm) -> anyhow::Result<()>
     Ok(())
 }
 
+/// Passes over a directory that remove nothing before it is given up; some are due to others removing the same tree.
+const IDLE_PASSES_MAX: u32 = 32;
+
+/// A directory under way, and how many passes over it have removed nothing since one last did.
+#[derive(Clone)]
+struct Emptying {
+    path: Remote,
+    idle: u32,
+}
+
 /// Removes a tree, leaves first. The stack holds directories under way, so its length is the tree's depth.
+///
+/// Ends with the server's refusal where a directory is not empty and nothing more of it can be removed: what has a name
+/// that is not UTF-8 cannot even be named.
 async fn remove_all(session: &Session, root: &Remote) -> holdfast_client::Result<()> {
-    let mut stack = vec![root.clone()];
-    while let Some(path) = stack.last().cloned() {
+    let new = |path: Remote| Emptying { path, idle: 0 };
+    let mut stack = vec![new(root.clone())];
+    while let Some(Emptying { path, idle }) = stack.last().cloned() {
         match session.remove(&path.place()).await {
-            Ok(()) => drop(stack.pop()),
+            Ok(()) => {
+                stack.pop();
+                stack.iter_mut().for_each(|above| above.idle = 0);
+            }
             // Somebody else was faster, below the root: what was wanted is done.
             Err(error) if error.status() == Some(Status::NotFound) && stack.len() > 1 => drop(stack.pop()),
-            Err(error) if error.status() == Some(Status::NotEmpty) => {
-                let Some(page) = session.list(&path.place()).next_page().await? else { continue };
-                for entry in page {
-                    let child = path.join(&entry.name);
-                    if entry.attributes.kind == FileKind::Directory {
-                        stack.push(child);
-                        break;
-                    }
-                    match session.remove(&child.place()).await {
-                        Err(error) if error.status() != Some(Status::NotFound) => return Err(error),
-                        _ => {}
+            Err(error) if error.status() == Some(Status::NotEmpty) && idle < IDLE_PASSES_MAX => {
+                let mut removed = false;
+                let mut directory = None;
+                if let Some(page) = session.list(&path.place()).next_page().await? {
+                    for entry in page {
+                        let child = path.join(&entry.name);
+                        if entry.attributes.kind == FileKind::Directory {
+                            directory = Some(child);
+                            break;
+                        }
+                        match session.remove(&child.place()).await {
+                            Ok(()) => removed = true,
+                            Err(error) if error.status() == Some(Status::NotFound) => {}
+                            Err(error) => return Err(error),
+                        }
                     }
                 }
+                if let Some(top) = stack.last_mut() {
+                    top.idle = if removed { 0 } else { idle + 1 };
+                }
+                stack.extend(directory.map(new));
             }
             Err(error) => return Err(error),
         }
@@ -231,7 +265,7 @@ pub(crate) async fn df(connection: &Connection, args: &Df) -> anyhow::Result<()>
             let number = |field: &str| row[field].as_u64().unwrap_or(0);
             line(format_args!(
                 "{:<20}  {:>12}  {:>12}  {:>14}",
-                row["volume"].as_str().unwrap_or_default(),
+                output::shown(row["volume"].as_str().unwrap_or_default()),
                 output::size(number("bytes_total")),
                 output::size(number("bytes_available")),
                 number("files_available")
@@ -255,13 +289,13 @@ pub(crate) async fn volumes(connection: &Connection, args: &Volumes) -> anyhow::
     } else if volumes.is_empty() {
         eprintln!(
             "no volume is open to '{}'; ask the operator for a [[volume.grant]] in control.toml",
-            session.principal()
+            output::shown(session.principal())
         );
     } else {
         line(format_args!("{:<20}  {:<10}  {}", "volume", "access", "protection"))?;
         for v in &volumes {
             let access = if v.writable { "read-write" } else { "read" };
-            line(format_args!("{:<20}  {access:<10}  {}", v.name, policy(v.policy)))?;
+            line(format_args!("{:<20}  {access:<10}  {}", output::shown(&v.name), policy(v.policy)))?;
         }
     }
     session.close().await;

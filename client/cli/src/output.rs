@@ -9,6 +9,29 @@ pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout(), "{text}")?)
 }
 
+/// Text of a server or another user, made safe to show: what would drive the terminal or reorder the text is escaped.
+pub(crate) fn shown(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut safe, c| {
+        if drives_terminal(c) {
+            safe.extend(c.escape_debug())
+        } else {
+            safe.push(c)
+        }
+        safe
+    })
+}
+
+/// As [`shown`], for text of ours that may hold such text and has several lines.
+pub(crate) fn shown_lines(text: &str) -> String {
+    text.split('\n').map(shown).collect::<Vec<_>>().join("\n")
+}
+
+fn drives_terminal(c: char) -> bool {
+    let reorders =
+        matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || reorders
+}
+
 /// One word for a kind.
 pub(crate) fn kind(kind: FileKind) -> &'static str {
     match kind {
@@ -85,6 +108,17 @@ pub(crate) fn attributes(attributes: &Attributes) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_servers_text_never_drives_the_terminal() {
+        let hostile = "a\u{1b}[2J\u{7}\u{9b}31m\r\u{202e}b";
+        for safe in [shown(hostile), shown_lines(hostile)] {
+            assert!(!safe.chars().any(drives_terminal), "{safe:?}");
+            assert!(safe.starts_with("a\\u{1b}[2J") && safe.ends_with('b'), "{safe}");
+        }
+        assert_eq!(shown("ä 'b' \\ c\nd"), "ä 'b' \\ c\\nd");
+        assert_eq!(shown_lines("a\nb"), "a\nb");
+    }
 
     #[test]
     fn times_are_utc_dates() {

@@ -74,7 +74,10 @@ impl FromStr for Remote {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let Some((volume, path)) = text.split_once(':') else {
-            return Err(format!("'{text}' is not a remote path; write VOLUME:/path, such as data:/{text}"));
+            return Err(format!(
+                "'{text}' is not a remote path; write VOLUME:/path, such as data:/{}",
+                text.trim_start_matches('/')
+            ));
         };
         check_volume_name(volume)?;
         let inside = match path.strip_prefix('/') {
@@ -122,6 +125,7 @@ mod tests {
     #[test]
     fn mistakes_say_what_to_write() {
         assert!(parse("a/b").unwrap_err().contains("data:/a/b"));
+        assert!(parse("/tmp").unwrap_err().ends_with("data:/tmp"));
         assert!(parse("data:a").unwrap_err().contains("data:/a"));
         for wrong in [":/a", "da ta:/a", "data:/../x", "data:/a/../../x", ".x:/a"] {
             assert!(parse(wrong).is_err(), "{wrong}");

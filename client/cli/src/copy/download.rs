@@ -3,12 +3,12 @@
 //! Names come from the server: each must be one plain component, and below the target nothing is written through a
 //! symbolic link, so that a hostile server reaches no file outside of the target.
 
-use super::{Job, Shared, part_name, plan_job};
+use super::{Job, Shared, Targets, check_whole, part_name, plan_job};
 use crate::remote::Remote;
 use anyhow::{Context, bail};
 use holdfast_client::stream::Streamer;
 use holdfast_client::{Attributes, FileKind, FileTime, OpenOptions};
-use std::fs::{FileTimes, Permissions};
+use std::fs::{FileTimes, FileType, Permissions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,13 +41,17 @@ pub(super) async fn plan(
     if !into && (sources.len() > 1 || (slash && !recursive)) {
         bail!("{} is not a directory; make it first: mkdir {}", to.display(), to.display());
     }
-    let mut directories = Vec::new();
+    let (mut directories, mut targets) = (Vec::new(), Targets::new());
     for source in sources {
         let target = match source.name() {
             Some(name) if into => to.join(name),
             _ => to.clone(),
         };
-        if let Err(error) = tree(shared, source, target, recursive, &jobs, &mut directories).await {
+        let done = match targets.claim(&target) {
+            Ok(()) => tree(shared, source, target, recursive, &jobs, &mut directories).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = done {
             shared.failed(&source.to_string(), error)?;
         }
     }
@@ -97,7 +101,7 @@ async fn entry(
 ) -> anyhow::Result<()> {
     match attributes.kind {
         FileKind::Directory => {
-            make_directory(to, top)?;
+            let made = make_directory(to, top)?;
             shared.tally.directory();
             let mut listing = shared.session.list(&from.place());
             while let Some(page) = listing.next_page().await? {
@@ -106,17 +110,23 @@ async fn entry(
                     stack.push((from.join(&child.name), to.join(&child.name), child.attributes));
                 }
             }
-            directories.push(Directory { to: to.to_owned(), attributes });
+            // What was there before keeps its mode, as with cp.
+            if made {
+                directories.push(Directory { to: to.to_owned(), attributes });
+            }
         }
         FileKind::File => {
+            check_target(to)?;
             shared.tally.planned(attributes.size);
             plan_job(jobs, Job::Down(File { from: from.clone(), to: to.to_owned() })).await?;
         }
         // Named on the command line, a link stands for its file, as with cp; below, links stay links.
         FileKind::Symlink if top && !recursive => {
+            check_target(to)?;
             plan_job(jobs, Job::Down(File { from: from.clone(), to: to.to_owned() })).await?;
         }
         FileKind::Symlink => {
+            check_target(to)?;
             let text = shared.session.read_symlink(&from.place()).await?;
             symlink(&text, to)?;
             shared.tally.symlink();
@@ -136,13 +146,30 @@ fn check_name(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn make_directory(path: &Path, top: bool) -> anyhow::Result<()> {
+/// Refuses to put a file where a directory, or a special file such as /dev/null, is, also behind a link.
+fn check_target(to: &Path) -> anyhow::Result<()> {
+    let special = |kind: FileType| !(kind.is_file() || kind.is_dir() || kind.is_symlink());
+    let itself = to.symlink_metadata().map(|m| m.file_type());
+    if itself.as_ref().is_ok_and(FileType::is_dir) {
+        bail!("{} is a directory and in the way", to.display());
+    }
+    if itself.is_ok_and(special) || to.metadata().is_ok_and(|m| special(m.file_type())) {
+        bail!(
+            "{} is a special file and would be replaced; `holdfast cat` writes to standard output",
+            to.display()
+        );
+    }
+    Ok(())
+}
+
+/// True if the directory is new.
+fn make_directory(path: &Path, top: bool) -> anyhow::Result<bool> {
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
             let metadata = if top { std::fs::metadata(path)? } else { std::fs::symlink_metadata(path)? };
-            if metadata.is_dir() { Ok(()) } else { bail!("{} is in the way", path.display()) }
+            if metadata.is_dir() { Ok(false) } else { bail!("{} is in the way", path.display()) }
         }
-        other => other.with_context(|| format!("cannot make {}", path.display())),
+        other => other.map(|()| true).with_context(|| format!("cannot make {}", path.display())),
     }
 }
 
@@ -173,6 +200,11 @@ impl Drop for Part {
     }
 }
 
+fn make_part(path: PathBuf) -> std::io::Result<(Arc<std::fs::File>, Part)> {
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+    Ok((Arc::new(file), Part(Some(path))))
+}
+
 /// Copies one file.
 pub(super) async fn file(shared: &Shared, job: &File, streamer: &mut Streamer) -> anyhow::Result<()> {
     shared.unless_cancelled(transfer(shared, job, streamer)).await
@@ -183,15 +215,14 @@ async fn transfer(shared: &Shared, job: &File, streamer: &mut Streamer) -> anyho
     shared.tally.open();
     let attributes = open.attributes().clone();
     let path = job.to.with_file_name(part_name()?);
-    let part = Part(Some(path.clone()));
-    let local = tokio::task::spawn_blocking(move || {
-        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
-    });
-    let local = Arc::new(local.await?.with_context(|| format!("cannot write {}", job.to.display()))?);
+    // Made where the file is: if nobody waits for it any more, it is dropped there, after the file was made.
+    let made = tokio::task::spawn_blocking(move || make_part(path));
+    let (local, part) = made.await?.with_context(|| format!("cannot write {}", job.to.display()))?;
     if attributes.size > 0 {
         let binding = open.bind(shared.channel(&open).await?).await?;
         shared.tally.bind();
-        streamer.download(&local, &binding, attributes.size, shared.tally.progress()).await?;
+        let moved = streamer.download(&local, &binding, attributes.size, shared.tally.progress()).await?;
+        check_whole(moved, attributes.size)?;
         binding.unbind().await?;
     }
     open.close().await?;
@@ -258,7 +289,25 @@ mod tests {
         let link = temp.path().join("link");
         std::os::unix::fs::symlink("/tmp", &link).unwrap();
         assert!(make_directory(&link, false).is_err());
-        make_directory(&link, true).unwrap();
+        assert!(!make_directory(&link, true).unwrap(), "it was there before");
+        assert!(make_directory(&temp.path().join("new"), false).unwrap());
+    }
+
+    #[test]
+    fn special_files_are_never_replaced() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = |name: &str| temp.path().join(name);
+        let _socket = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        std::fs::write(path("file"), "x").unwrap();
+        for (link, to) in [("to-socket", "socket"), ("to-file", "file"), ("to-nothing", "nothing")] {
+            std::os::unix::fs::symlink(path(to), path(link)).unwrap();
+        }
+        for wrong in ["socket", "to-socket", "", "/dev/null"] {
+            assert!(check_target(&path(wrong)).is_err(), "{wrong}");
+        }
+        for well in ["file", "to-file", "to-nothing", "nothing"] {
+            check_target(&path(well)).unwrap();
+        }
     }
 
     #[test]
@@ -267,6 +316,9 @@ mod tests {
         let path = temp.path().join("part");
         std::fs::write(&path, "x").unwrap();
         drop(Part(Some(path.clone())));
+        assert!(!path.exists());
+        // A task nobody waits for drops what it returns.
+        drop(make_part(path.clone()).unwrap());
         assert!(!path.exists());
         std::fs::write(&path, "x").unwrap();
         Part(Some(path.clone())).complete(&temp.path().join("whole")).unwrap();

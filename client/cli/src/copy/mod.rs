@@ -20,7 +20,8 @@ use crate::exit::Partial;
 use crate::remote::Remote;
 use anyhow::{Context, bail};
 use holdfast_client::stream::Streamer;
-use holdfast_client::{DataChannel, Open, Session, Transport};
+use holdfast_client::{Config, DataChannel, Open, Session, Status, Transport};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -44,6 +45,8 @@ struct Shared {
     tally: Tally,
     flush: bool,
     cancelled: watch::Receiver<bool>,
+    /// Incomplete files that could not be removed, because the session was lost.
+    left: std::sync::Mutex<Vec<Remote>>,
 }
 
 impl Shared {
@@ -78,7 +81,7 @@ impl Shared {
         if given_up {
             return Err(error.context(format!("the copy was given up at {what}")));
         }
-        self.tally.failed(what, &error);
+        self.tally.failed(what, error);
         Ok(())
     }
 }
@@ -109,24 +112,55 @@ pub(crate) async fn run(connection: &Connection, args: &Copy) -> anyhow::Result<
         tally: Tally::new(args.json),
         flush: !args.no_flush,
         cancelled,
+        left: std::sync::Mutex::default(),
     });
     let start = Instant::now();
     let watch = tokio::spawn(on_interrupt(cancel));
     let result = copy(&shared, args, way).await;
     watch.abort();
     shared.tally.finish();
-    if result.is_ok() {
+    let (failed, total) = shared.tally.failures();
+    // With nothing copied there is nothing to tell people; programs get their summary always.
+    if result.is_ok() && (args.json || failed == 0 || failed < total) {
         shared.tally.report(args.json, shared.channel.get(), start.elapsed())?;
     }
-    let (failed, total) = shared.tally.failures();
     let session = shared.session.clone();
-    drop(shared);
     session.close().await;
+    sweep(&shared, &config).await;
     result?;
-    if failed > 0 {
-        return Err(Partial { failed, total }.into());
+    match shared.tally.take_first() {
+        Some(first) if failed == total => {
+            Err(first.context(format!("nothing was copied, {failed} of {total} failed; the first")))
+        }
+        Some(_) => Err(Partial { failed, total }.into()),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Removes incomplete files on the server that a lost session has left behind, or at least names them.
+async fn sweep(shared: &Shared, config: &Config) {
+    let left = std::mem::take(&mut *shared.left.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    if left.is_empty() {
+        return;
+    }
+    let session = Session::connect(config).await.ok();
+    for part in left {
+        let removed = match &session {
+            Some(session) => match session.remove(&part.place()).await {
+                Err(error) => error.status() == Some(Status::NotFound),
+                Ok(()) => true,
+            },
+            None => false,
+        };
+        if !removed {
+            shared.tally.say(&format!(
+                "holdfast: an incomplete file was left behind; remove it with: holdfast rm {part}"
+            ));
+        }
+    }
+    if let Some(session) = session {
+        session.close().await;
+    }
 }
 
 async fn on_interrupt(cancel: watch::Sender<bool>) {
@@ -243,6 +277,34 @@ fn part_name() -> anyhow::Result<String> {
     Ok(format!(".holdfast-{:016x}.part", u64::from_le_bytes(bytes)))
 }
 
+/// The targets of the sources named on the command line. Two of the same name would overwrite each other.
+struct Targets<T>(BTreeSet<T>);
+
+impl<T: Ord + Clone> Targets<T> {
+    fn new() -> Self {
+        Self(BTreeSet::new())
+    }
+
+    fn claim(&mut self, target: &T) -> anyhow::Result<()> {
+        if self.0.insert(target.clone()) {
+            return Ok(());
+        }
+        bail!(
+            "another source has the same name and would be overwritten; copy this one by itself, under a name of its own"
+        )
+    }
+}
+
+/// A copy must be as long as its source was said to be: what is shorter must not take the place of what is there.
+fn check_whole(moved: u64, expected: u64) -> anyhow::Result<()> {
+    if moved == expected {
+        return Ok(());
+    }
+    bail!(
+        "only {moved} of its {expected} bytes could be read: it changed size while it was copied, or is no ordinary file; nothing was replaced, copy it again"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,6 +320,21 @@ mod tests {
             no_flush: false,
             json: false,
         })
+    }
+
+    #[test]
+    fn two_sources_never_get_one_target() {
+        let mut targets = Targets::new();
+        for path in ["/to/a", "/to/b"] {
+            targets.claim(&PathBuf::from(path)).unwrap();
+        }
+        assert!(targets.claim(&PathBuf::from("/to/a")).is_err());
+    }
+
+    #[test]
+    fn a_short_copy_is_none() {
+        check_whole(7, 7).unwrap();
+        assert!(check_whole(6, 7).unwrap_err().to_string().contains("6 of its 7"));
     }
 
     #[test]

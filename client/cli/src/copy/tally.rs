@@ -4,9 +4,9 @@ use holdfast_client::DataChannel;
 use holdfast_client::stream::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use std::io::IsTerminal;
-use std::sync::Arc;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 pub(super) struct Tally {
@@ -17,6 +17,7 @@ pub(super) struct Tally {
     symlinks: AtomicU64,
     skipped: AtomicU64,
     failed: AtomicU64,
+    first: Mutex<Option<anyhow::Error>>,
     opens: AtomicU64,
     binds: AtomicU64,
 }
@@ -42,6 +43,7 @@ impl Tally {
             symlinks: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             failed: AtomicU64::new(0),
+            first: Mutex::new(None),
             opens: AtomicU64::new(0),
             binds: AtomicU64::new(0),
         }
@@ -82,16 +84,25 @@ impl Tally {
 
     pub(super) fn skipped(&self, what: &str, why: &str) {
         self.skipped.fetch_add(1, Relaxed);
-        self.say(&format!("holdfast: skipped {}: {why}", what.escape_debug()));
+        self.say(&format!("holdfast: skipped {what}: {why}"));
     }
 
-    pub(super) fn failed(&self, what: &str, error: &anyhow::Error) {
+    pub(super) fn failed(&self, what: &str, error: anyhow::Error) {
         self.failed.fetch_add(1, Relaxed);
-        self.say(&format!("holdfast: {}: {error:#}", what.escape_debug()));
+        self.say(&format!("holdfast: {what}: {error:#}"));
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(error);
     }
 
-    fn say(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+    /// The first failure; once.
+    pub(super) fn take_first(&self) -> Option<anyhow::Error> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// A line for people. Names and refusals are the server's: they must not drive the terminal.
+    pub(super) fn say(&self, text: &str) {
+        let text = crate::output::shown(text);
+        self.bar.suspend(|| drop(writeln!(std::io::stderr(), "{text}")));
     }
 
     /// How many failed, of how many.

@@ -1,15 +1,15 @@
 //! From this machine to a volume.
 
-use super::{Job, Shared, part_name, plan_job};
+use super::{Job, Shared, Targets, check_whole, part_name, plan_job};
 use crate::names::make_all;
 use crate::remote::Remote;
 use anyhow::{Context, bail};
 use holdfast_client::stream::Streamer;
-use holdfast_client::{Changes, FileKind, FileTime, OpenOptions, Status};
+use holdfast_client::{Changes, FileKind, FileTime, Open, OpenOptions, Status};
 use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use tokio::sync::mpsc;
 
 /// A file to copy.
@@ -48,7 +48,8 @@ pub(super) async fn plan(
 ) -> anyhow::Result<Vec<Directory>> {
     let existing = match shared.session.attributes(&to.place()).await {
         Ok(attributes) => Some(attributes.kind),
-        Err(error) if error.status() == Some(Status::NotFound) => None,
+        // Only a volume can be missing where a root is.
+        Err(error) if error.status() == Some(Status::NotFound) && !to.path.is_empty() => None,
         Err(error) => return Err(error).with_context(|| to.to_string()),
     };
     // A link to a directory counts as one, as with cp.
@@ -62,13 +63,17 @@ pub(super) async fn plan(
     if !into && (sources.len() > 1 || (to.directory && !tree_only)) {
         bail!("{to} is not a directory; make it first: holdfast mkdir {to}");
     }
-    let mut directories = Vec::new();
+    let (mut directories, mut targets) = (Vec::new(), Targets::new());
     for source in sources {
         let target = match (into, name_of(source)) {
-            (true, Some(name)) => to.join(&name?),
-            _ => to.clone(),
+            (true, Some(name)) => name.map(|name| to.join(&name)),
+            _ => Ok(to.clone()),
         };
-        if let Err(error) = tree(shared, source, target, recursive, &jobs, &mut directories).await {
+        let done = match target.and_then(|target| targets.claim(&target).map(|()| target)) {
+            Ok(target) => tree(shared, source, target, recursive, &jobs, &mut directories).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = done {
             shared.failed(&source.display().to_string(), error)?;
         }
     }
@@ -122,23 +127,27 @@ async fn entry(
 ) -> anyhow::Result<()> {
     let kind = metadata.file_type();
     if kind.is_dir() {
-        if !to.path.is_empty() {
-            make_all(&shared.session, to, 0o700 | mode(metadata)).await?;
-        }
+        let made = !to.path.is_empty() && make_all(&shared.session, to, 0o700 | mode(metadata)).await?;
         shared.tally.directory();
-        let mut children = Vec::new();
+        let mut named = Vec::new();
         for child in std::fs::read_dir(path)? {
-            let child = child?;
-            let Some(Ok(name)) = name_of(&child.path()) else {
-                shared.tally.skipped(&child.path().display().to_string(), "its name is not UTF-8");
+            let child = child?.path();
+            let Some(Ok(name)) = name_of(&child) else {
+                shared.tally.skipped(&child.display().to_string(), "its name is not UTF-8");
                 continue;
             };
-            children.push((child.path(), to.join(&name), child.metadata()?));
+            let remote = to.join(&name);
+            named.push((child, remote));
+        }
+        let (mut children, gone) = look_at(named);
+        for (child, error) in gone {
+            shared.failed(&child.display().to_string(), error)?;
         }
         // Taken from the end: in the order of their names.
         children.sort_by(|a, b| b.0.cmp(&a.0));
         stack.append(&mut children);
-        if !to.path.is_empty() {
+        // What was there before keeps its mode, as with cp.
+        if made {
             directories.push(Directory { to: to.clone(), changes: changes(metadata) });
         }
     } else if kind.is_file() {
@@ -151,6 +160,21 @@ async fn entry(
         shared.tally.skipped(&path.display().to_string(), "it is neither file, directory nor symbolic link");
     }
     Ok(())
+}
+
+/// Children with their metadata, and those that cannot be looked at: one that has vanished does not keep back the others.
+#[allow(clippy::type_complexity)] // two lists of what the walk's stack holds
+fn look_at(
+    named: Vec<(PathBuf, Remote)>,
+) -> (Vec<(PathBuf, Remote, Metadata)>, Vec<(PathBuf, anyhow::Error)>) {
+    let (mut found, mut gone) = (Vec::with_capacity(named.len()), Vec::new());
+    for (path, to) in named {
+        match std::fs::symlink_metadata(&path).context("cannot look at it") {
+            Ok(metadata) => found.push((path, to, metadata)),
+            Err(error) => gone.push((path, error)),
+        }
+    }
+    (found, gone)
 }
 
 async fn symlink(shared: &Shared, path: &Path, to: &Remote) -> anyhow::Result<()> {
@@ -179,36 +203,74 @@ fn beside(to: &Remote) -> anyhow::Result<Remote> {
 /// Copies one file.
 pub(super) async fn file(shared: &Shared, job: &File, streamer: &mut Streamer) -> anyhow::Result<()> {
     let part = beside(&job.to)?;
-    let done = shared.unless_cancelled(transfer(shared, job, &part, streamer)).await;
+    let source = source(job.from.clone()).await?;
+    if *shared.cancelled.borrow() {
+        bail!("interrupted");
+    }
+    // Never cut short: an open that is made after the removal below would leave its file behind.
+    let options = OpenOptions::create_new(mode(&source.metadata) | 0o600);
+    let done = match shared.session.open(&part.place(), &options).await {
+        Ok(open) => {
+            shared.tally.open();
+            shared.unless_cancelled(transfer(shared, job, &part, &source, open, streamer)).await
+        }
+        Err(error) => Err(error).with_context(|| job.to.to_string()),
+    };
     if done.is_err() {
-        // Best effort: the error that is told is the first.
-        let _ = shared.session.remove(&part.place()).await;
+        // The error that is told is the first.
+        let lost = match shared.session.remove(&part.place()).await {
+            Err(error) => error.status() != Some(Status::NotFound),
+            Ok(()) => false,
+        };
+        if lost {
+            shared.left.lock().unwrap_or_else(PoisonError::into_inner).push(part);
+        }
     }
     done
 }
 
-async fn transfer(shared: &Shared, job: &File, part: &Remote, streamer: &mut Streamer) -> anyhow::Result<()> {
-    let from = job.from.clone();
-    let (local, metadata) = tokio::task::spawn_blocking(move || {
-        let file = std::fs::File::open(from)?;
+/// A local file, open.
+struct Source {
+    file: Arc<std::fs::File>,
+    metadata: Metadata,
+    /// True if it has bytes though its size is 0, as files of /proc do.
+    unsized_bytes: bool,
+}
+
+async fn source(path: PathBuf) -> anyhow::Result<Source> {
+    let opened = tokio::task::spawn_blocking(move || {
+        let file = std::fs::File::open(path)?;
         let metadata = file.metadata()?;
-        std::io::Result::Ok((Arc::new(file), metadata))
-    })
-    .await?
-    .context("cannot open it")?;
-    let options = OpenOptions::create_new(mode(&metadata) | 0o600);
-    let open = shared.session.open(&part.place(), &options).await.with_context(|| job.to.to_string())?;
-    shared.tally.open();
-    if metadata.len() > 0 {
+        let unsized_bytes = metadata.len() == 0 && file.read_at(&mut [0], 0)? > 0;
+        std::io::Result::Ok(Source { file: Arc::new(file), metadata, unsized_bytes })
+    });
+    opened.await?.context("cannot open it")
+}
+
+async fn transfer(
+    shared: &Shared,
+    job: &File,
+    part: &Remote,
+    source: &Source,
+    open: Open,
+    streamer: &mut Streamer,
+) -> anyhow::Result<()> {
+    let size = source.metadata.len();
+    if size > 0 || source.unsized_bytes {
         let binding = open.bind(shared.channel(&open).await?).await?;
         shared.tally.bind();
-        streamer.upload(&local, &binding, metadata.len(), shared.tally.progress()).await?;
+        let progress = shared.tally.progress();
+        if source.unsized_bytes {
+            streamer.upload(&source.file, &binding, u64::MAX, progress).await?;
+        } else {
+            check_whole(streamer.upload(&source.file, &binding, size, progress).await?, size)?;
+        }
         if shared.flush {
             binding.flush().await?;
         }
         binding.unbind().await?;
     }
-    open.set_attributes(&changes(&metadata)).await?;
+    open.set_attributes(&changes(&source.metadata)).await?;
     open.close().await?;
     shared.session.rename(&part.place(), &job.to.place(), false).await.with_context(|| job.to.to_string())?;
     Ok(())
@@ -222,4 +284,22 @@ pub(super) async fn finish_directories(shared: &Shared, directories: Vec<Directo
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vanished_entry_keeps_no_other_back() {
+        let temp = tempfile::tempdir().unwrap();
+        let root: Remote = "data:/".parse().unwrap();
+        for name in ["a", "c"] {
+            std::fs::write(temp.path().join(name), name).unwrap();
+        }
+        let named = ["a", "b", "c"].map(|name| (temp.path().join(name), root.join(name)));
+        let (found, gone) = look_at(named.into());
+        assert_eq!(found.iter().filter_map(|f| f.1.name()).collect::<Vec<_>>(), ["a", "c"]);
+        assert_eq!(gone.iter().map(|g| &g.0).collect::<Vec<_>>(), [&temp.path().join("b")]);
+    }
 }

@@ -53,7 +53,15 @@ fn describe(device: &Device) -> Value {
             })
         })
         .collect();
-    json!({ "name": device.name(), "ports": ports })
+    json!({ "name": device.name(), "software": is_software(device.name()), "ports": ports })
+}
+
+/// True if a device is a driver only (rxe, siw): it has no place on a bus.
+fn is_software(name: &str) -> bool {
+    let place = std::fs::canonicalize(format!("/sys/class/infiniband/{name}"));
+    // Older kernels show it under the network card it is attached to; then its usual name must do.
+    place.is_ok_and(|place| place.starts_with("/sys/devices/virtual"))
+        || ["rxe", "siw"].iter().any(|kind| name.starts_with(kind))
 }
 
 /// True if this process may pin without limit (CAP_IPC_LOCK, bit 14 of the effective capabilities).
@@ -64,6 +72,16 @@ fn may_lock_all() -> bool {
 }
 
 impl Host {
+    /// True if all devices of this host are software, `None` if only some are.
+    pub(super) fn software(&self) -> Option<bool> {
+        let devices = self.devices.as_deref().unwrap_or_default();
+        let software = devices.iter().filter(|device| device["software"] == true).count();
+        match software {
+            0 => Some(false),
+            some => (some == devices.len()).then_some(true),
+        }
+    }
+
     fn memlock_is_enough(&self) -> bool {
         self.privileged || self.memlock.is_none_or(|limit| limit >= PINNED_BYTES)
     }
@@ -128,4 +146,21 @@ fn print_device(device: &Value) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn software_devices_are_told_apart() {
+        let host = |names: &[&str]| Host {
+            devices: Ok(names.iter().map(|n| json!({ "name": n, "software": is_software(n) })).collect()),
+            memlock: None,
+            privileged: true,
+        };
+        assert_eq!(host(&["rxe0", "siw_eth0"]).software(), Some(true));
+        assert_eq!(host(&["mlx5_0"]).software(), Some(false));
+        assert_eq!(host(&["mlx5_0", "rxe0"]).software(), None);
+    }
 }

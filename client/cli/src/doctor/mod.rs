@@ -10,7 +10,7 @@ mod host;
 mod server;
 
 use crate::args::{Connection, Doctor};
-use crate::output::line;
+use crate::output::{line, shown};
 use serde_json::{Value, json};
 
 pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Result<()> {
@@ -19,9 +19,14 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
         connection.config = Some(dir.join("client.toml"));
     }
     let host = host::look();
-    let server = match connection.config {
+    let probe = match connection.config {
         Some(_) => Some(server::probe(&connection).await),
         None => None,
+    };
+    let (server, trial) = match probe {
+        Some(Ok(probe)) => (Some(Ok(probe.facts)), probe.trial),
+        Some(Err(error)) => (Some(Err(error)), Ok(())),
+        None => (None, Ok(())),
     };
     let admin = match &args.dir {
         Some(dir) => Some(admin::gauges(&dir.join("state/admin.sock")).await),
@@ -41,8 +46,8 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
         host.print()?;
         match &server {
             None => line("server    not looked at: give --config D/client.toml, or set HOLDFAST_CONFIG")?,
-            Some(Ok(facts)) => server::print(facts)?,
-            Some(Err(error)) => line(format_args!("server    {error:#}"))?,
+            Some(Ok(facts)) => server::print(facts, host.software())?,
+            Some(Err(error)) => line(format_args!("server    {}", shown(&format!("{error:#}"))))?,
         }
         match &admin {
             Some(Ok(gauges)) => admin::print(gauges)?,
@@ -53,6 +58,6 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
     // What was asked for and could not be looked at makes the command fail; it has been told above.
     match (server, admin) {
         (Some(Err(error)), _) | (_, Some(Err(error))) => Err(error),
-        _ => Ok(()),
+        _ => trial,
     }
 }

@@ -3,14 +3,20 @@
 //! That is not asked but tried: a small file is opened, bound and read, a new one where the client may write.
 
 use crate::args::Connection;
-use crate::output::line;
+use crate::output::{line, shown};
 use crate::remote::Remote;
 use anyhow::Context;
 use holdfast_client::{FileKind, Open, OpenOptions, Region, Session};
 use serde_json::{Value, json};
 use std::time::Instant;
 
-pub(super) async fn probe(connection: &Connection) -> anyhow::Result<Value> {
+/// What was found out, and why the data plane could not be tried, if so.
+pub(super) struct Probe {
+    pub(super) facts: Value,
+    pub(super) trial: anyhow::Result<()>,
+}
+
+pub(super) async fn probe(connection: &Connection) -> anyhow::Result<Probe> {
     let config = connection.load()?;
     let session = Session::connect(&config).await?;
     let ping = session.ping().await?;
@@ -22,12 +28,17 @@ pub(super) async fn probe(connection: &Connection) -> anyhow::Result<Value> {
         "volumes": volumes.iter().map(|v| v.name.as_str()).collect::<Vec<_>>(),
         "transport_wanted": format!("{:?}", config.transport).to_lowercase(),
     });
+    let mut tried = Ok(());
     facts["data"] = match trial(&session).await {
         Ok(data) => data,
-        Err(error) => json!({ "error": format!("{error:#}") }),
+        Err(error) => {
+            let text = format!("{error:#}");
+            tried = Err(error.context("no data could be moved"));
+            json!({ "error": text })
+        }
     };
     session.close().await;
-    Ok(facts)
+    Ok(Probe { facts, trial: tried })
 }
 
 /// Opens, binds and moves a few bytes.
@@ -57,7 +68,7 @@ async fn trial(session: &Session) -> anyhow::Result<Value> {
             }
         }
     }
-    anyhow::bail!("there is no file that this client may open, so no data channel was tried")
+    Ok(json!({ "untried": "there is no file that this client may open, so no data channel was tried" }))
 }
 
 async fn move_bytes(open: &Open, write: bool) -> anyhow::Result<Value> {
@@ -85,8 +96,17 @@ async fn move_bytes(open: &Open, write: bool) -> anyhow::Result<Value> {
     }))
 }
 
-pub(super) fn print(facts: &Value) -> anyhow::Result<()> {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+/// How verbs move bytes on this host: `software` is true if all its RDMA devices are drivers only, `None` if some are.
+fn in_use(software: Option<bool>) -> &'static str {
+    match software {
+        Some(true) => "in use, by a device in software: its driver copies the bytes, on the processor",
+        Some(false) => "in use: the device places bytes, no processor copies them",
+        None => "in use (this host also has a device in software, whose driver copies the bytes)",
+    }
+}
+
+pub(super) fn print(facts: &Value, software: Option<bool>) -> anyhow::Result<()> {
+    let text = |value: &Value| shown(value.as_str().unwrap_or_default());
     line(format_args!(
         "server    {} answers in {} us; it knows this client as '{}'",
         text(&facts["address"]),
@@ -95,7 +115,10 @@ pub(super) fn print(facts: &Value) -> anyhow::Result<()> {
     ))?;
     let data = &facts["data"];
     if let Some(error) = data["error"].as_str() {
-        return line(format_args!("transport none: {error}"));
+        return line(format_args!("transport none: {}", shown(error)));
+    }
+    if let Some(why) = data["untried"].as_str() {
+        return line(format_args!("transport not tried: {why}"));
     }
     line(format_args!(
         "transport {} to {}: {} credits, pieces of {} bytes, a read in {} us, protection '{}'",
@@ -107,8 +130,8 @@ pub(super) fn print(facts: &Value) -> anyhow::Result<()> {
         text(&data["mac_policy"])
     ))?;
     match (data["transport"].as_str(), data["reason"].as_str(), facts["transport_wanted"].as_str()) {
-        (Some("verbs"), ..) => line("RDMA      in use: the device places bytes, no processor copies them"),
-        (_, Some(reason), _) => line(format_args!("RDMA      not in use: {reason}")),
+        (Some("verbs"), ..) => line(format_args!("RDMA      {}", in_use(software))),
+        (_, Some(reason), _) => line(format_args!("RDMA      not in use: {}", shown(reason))),
         (_, None, Some(wanted)) => {
             line(format_args!("RDMA      not in use: the configuration says transport = \"{wanted}\""))
         }

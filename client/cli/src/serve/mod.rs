@@ -15,6 +15,7 @@ use crate::args::Serve;
 use anyhow::{Context, bail};
 use plane::{Plane, Ready};
 use serde_json::{Value, json};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -49,23 +50,25 @@ pub(crate) async fn run(args: &Serve) -> anyhow::Result<()> {
         tokio::select! { _ = terminate.recv() => (), _ = interrupt.recv() => () }
     };
     tokio::pin!(asked_to_stop);
+    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    let mut latest = Latest::default();
 
     let (ready_sender, mut ready) = mpsc::channel(8);
-    let mut control = Watched::start(plane(args, "control")?, ready_sender.clone());
+    let mut control = Watched::start(plane(args, &own, "control")?, ready_sender.clone());
     let started = tokio::select! {
-        first = wait_ready(&mut ready, &mut control, args.json) => first,
+        first = wait_ready(&mut ready, &mut control, "control", &mut latest, args.json) => first,
         () = &mut asked_to_stop => return control.stop().await,
     };
     // A plane that could not start has said why; nothing else runs yet.
-    let control_ready = started?;
-    let mut dataplane = Watched::start(plane(args, "dataplane")?, ready_sender);
+    started?;
+    let mut dataplane = Watched::start(plane(args, &own, "dataplane")?, ready_sender);
     let started = tokio::select! {
-        first = wait_ready(&mut ready, &mut dataplane, args.json) => Some(first),
+        first = wait_ready(&mut ready, &mut dataplane, "dataplane", &mut latest, args.json) => Some(first),
         () = &mut asked_to_stop => None,
     };
     let result = match started {
-        Some(Ok(dataplane_ready)) => {
-            announce(args, &control_ready, &dataplane_ready);
+        Some(Ok(())) => {
+            announce(args, &latest);
             tokio::select! {
                 () = &mut asked_to_stop => Ok(()),
                 // Planes that are ready once are restarted for ever: an end is a fault of ours or of the system.
@@ -85,20 +88,37 @@ pub(crate) async fn run(args: &Serve) -> anyhow::Result<()> {
     result.and(data).and(control)
 }
 
-/// The first ready line of a plane, or why it will not come.
+/// The newest ready line of each plane.
+#[derive(Default)]
+struct Latest {
+    control: Value,
+    dataplane: Value,
+}
+
+/// Waits for the first ready line of the plane `name`, or tells why it will not come. Another plane may be started again
+/// meanwhile: its line is kept, but is not the one.
 async fn wait_ready(
     ready: &mut mpsc::Receiver<Ready>,
     plane: &mut Watched,
+    name: &str,
+    latest: &mut Latest,
     json: bool,
-) -> anyhow::Result<Value> {
-    tokio::select! {
-        line = ready.recv() => {
-            let line = line.context("a plane ended at once")?;
+) -> anyhow::Result<()> {
+    let come = async {
+        loop {
+            let Ready(line) = ready.recv().await.context("a plane ended at once")?;
             if json {
-                println!("{}", line.0);
+                say(&line);
             }
-            Ok(line.0)
+            let whose = line["ready"].as_str().unwrap_or_default().to_owned();
+            *(if whose == "control" { &mut latest.control } else { &mut latest.dataplane }) = line;
+            if whose == name {
+                return Ok(());
+            }
         }
+    };
+    tokio::select! {
+        done = come => done,
         end = &mut plane.task => match end? {
             Err(error) => Err(error),
             Ok(()) => bail!("a plane stopped before it was ready"),
@@ -113,12 +133,18 @@ async fn wait_ready(
 async fn pass_on(ready: &mut mpsc::Receiver<Ready>, json: bool) {
     while let Some(Ready(line)) = ready.recv().await {
         if json {
-            println!("{line}");
+            say(&line);
         }
     }
 }
 
-fn announce(args: &Serve, control: &Value, dataplane: &Value) {
+/// A line on standard output. That nobody reads it (any more) is no reason to stop serving.
+fn say(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+fn announce(args: &Serve, latest: &Latest) {
+    let Latest { control, dataplane } = latest;
     let text = |value: &Value| match value {
         Value::String(text) => text.clone(),
         Value::Array(all) => all.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "),
@@ -132,36 +158,30 @@ fn announce(args: &Serve, control: &Value, dataplane: &Value) {
             "tcp": dataplane["tcp"],
             "verbs": dataplane["verbs"],
         });
-        println!("{line}");
+        say(line);
         return;
     }
     let (tcp, verbs) = (text(&dataplane["tcp"]), text(&dataplane["verbs"]));
-    println!("ready: clients connect to {}", text(&control["listen"]));
-    println!("data channels over tcp:   {}", if tcp.is_empty() { "off" } else { &tcp });
-    println!(
+    say(format_args!("ready: clients connect to {}", text(&control["listen"])));
+    say(format_args!("data channels over tcp:   {}", if tcp.is_empty() { "off" } else { &tcp }));
+    say(format_args!(
         "data channels over verbs: {}",
         if verbs.is_empty() { "none (`holdfast doctor` says why)" } else { &verbs }
-    );
-    println!("try: holdfast --config {} volumes", args.dir.join("client.toml").display());
+    ));
+    say(format_args!("try: holdfast --config {} volumes", args.dir.join("client.toml").display()));
 }
 
-fn plane(args: &Serve, name: &'static str) -> anyhow::Result<Plane> {
+fn plane(args: &Serve, own: &Path, name: &'static str) -> anyhow::Result<Plane> {
     let config = args.dir.join(format!("{name}.toml"));
     if !config.is_file() {
         bail!("there is no {}; make it with: holdfast init --dir {}", config.display(), args.dir.display());
     }
-    let program = find(args.bin_dir.as_deref(), &format!("holdfast-{name}"))?;
-    Ok(Plane { name, program, config })
+    let beside = own.parent().context("this program has no directory; give --bin-dir")?;
+    let program = find(args.bin_dir.as_deref().unwrap_or(beside), &format!("holdfast-{name}"))?;
+    Ok(Plane { name, own: own.to_path_buf(), program, config })
 }
 
-fn find(bin_dir: Option<&Path>, program: &str) -> anyhow::Result<PathBuf> {
-    let directory = match bin_dir {
-        Some(directory) => directory.to_path_buf(),
-        None => {
-            let own = std::env::current_exe().context("cannot tell where this program is; give --bin-dir")?;
-            own.parent().context("this program has no directory; give --bin-dir")?.to_path_buf()
-        }
-    };
+fn find(directory: &Path, program: &str) -> anyhow::Result<PathBuf> {
     let path = directory.join(program);
     if path.is_file() {
         return Ok(path);
@@ -176,10 +196,26 @@ fn find(bin_dir: Option<&Path>, program: &str) -> anyhow::Result<PathBuf> {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn a_ready_line_of_another_plane_does_not_count() {
+        let (sender, mut ready) = mpsc::channel(8);
+        for line in
+            [json!({ "ready": "control", "listen": ["new"] }), json!({ "ready": "dataplane", "tcp": "x" })]
+        {
+            sender.send(Ready(line)).await.unwrap();
+        }
+        let mut dataplane =
+            Watched { stop: watch::channel(false).0, task: tokio::spawn(std::future::pending()) };
+        let mut latest = Latest::default();
+        wait_ready(&mut ready, &mut dataplane, "dataplane", &mut latest, false).await.unwrap();
+        assert_eq!((&latest.dataplane["tcp"], &latest.control["listen"][0]), (&json!("x"), &json!("new")));
+        dataplane.task.abort();
+    }
+
     #[test]
     fn a_missing_program_says_what_to_do() {
         let temp = tempfile::tempdir().unwrap();
-        let error = find(Some(temp.path()), "holdfast-control").unwrap_err().to_string();
+        let error = find(temp.path(), "holdfast-control").unwrap_err().to_string();
         assert!(error.contains("cargo build -p holdfast-control") && error.contains("--bin-dir"), "{error}");
     }
 }

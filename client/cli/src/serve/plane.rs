@@ -25,14 +25,15 @@ pub(super) struct Ready(pub(super) Value);
 /// How a plane is started.
 pub(super) struct Plane {
     pub(super) name: &'static str,
+    /// This program, as it was found at the start: once it is replaced, the system does not tell its path any more.
+    pub(super) own: PathBuf,
     pub(super) program: PathBuf,
     pub(super) config: PathBuf,
 }
 
 impl Plane {
     fn spawn(&self) -> anyhow::Result<Child> {
-        let own = std::env::current_exe()?;
-        Command::new(own)
+        Command::new(&self.own)
             .arg("plane-guard")
             .arg(format!("--parent={}", std::process::id()))
             .arg("--")
@@ -57,7 +58,20 @@ impl Plane {
         let (mut backoff, mut was_ready) = (BACKOFF_MIN, false);
         loop {
             let started = Instant::now();
-            let mut child = self.spawn()?;
+            let mut child = match self.spawn() {
+                Ok(child) => child,
+                Err(error) if !was_ready => return Err(error),
+                Err(error) => {
+                    // A program that is just being replaced, or a system short of processes, comes back.
+                    tracing::error!(plane = self.name, "{error:#}; it will be tried again");
+                    tokio::select! {
+                        () = sleep(backoff) => {}
+                        _ = stop.changed() => return Ok(()),
+                    }
+                    backoff = (backoff * 2).min(BACKOFF_MAX);
+                    continue;
+                }
+            };
             let stdout = child.stdout.take().context("the plane has no stdout")?;
             let mut lines = BufReader::new(stdout).lines();
             let mut open = true;
@@ -129,7 +143,8 @@ mod tests {
 
     #[test]
     fn only_its_own_ready_line_counts() {
-        let plane = Plane { name: "control", program: PathBuf::new(), config: PathBuf::new() };
+        let plane =
+            Plane { name: "control", own: PathBuf::new(), program: PathBuf::new(), config: PathBuf::new() };
         assert!(plane.parse(r#"{"ready":"control","listen":["127.0.0.1:1"]}"#).is_some());
         assert!(plane.parse(r#"{"ready":"dataplane"}"#).is_none());
         assert!(plane.parse("hello").is_none());
