@@ -47,7 +47,7 @@ impl Drop for Silent {
 
 impl Driver {
     pub(super) fn end_link(&mut self, id: u64, peer: Peer) {
-        if !self.link.as_ref().is_some_and(|link| link.id == id) {
+        if self.link.as_ref().is_none_or(|link| link.id != id) {
             return;
         }
         tracing::warn!("the link has closed; opens and their bindings stay");
