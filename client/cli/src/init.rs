@@ -125,6 +125,7 @@ const CONTROL_LIMITS: &str = "
 #bindings_per_open = 64
 # File operations under way, and threads for them.
 #operations = 1024
+#operations_per_principal = 256
 #file_threads = 16
 #requests_per_session = 32
 # Bind requests under way.
