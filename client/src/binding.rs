@@ -3,7 +3,8 @@
 use crate::Region;
 use crate::bind::{self, BindRequest, BindingCore};
 use crate::channel::request::{Bounce, Done, Fetched, Purpose, Request, Source};
-use crate::channel::{DataChannel, InFlight, Shared};
+use crate::channel::{DataChannel, InFlight, Reply, Shared};
+use crate::claim::Claim;
 use crate::error::{Error, Result};
 use crate::open::Open;
 use holdfast_shared::auth::MacPolicy;
@@ -12,8 +13,10 @@ use holdfast_transport::Registration;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
+/// Smallest bounce region.
+const BOUNCE_MIN: usize = 64 << 10;
 /// Pieces of one long read or write in flight at once.
 const PIECES_MAX: usize = 16;
 
@@ -166,7 +169,7 @@ impl Binding {
         let (source, fetched) = if length as usize <= channel.inline_max() {
             (Source::Inline { region, start }, Fetched::Inline)
         } else if self.policy() == MacPolicy::Sealed {
-            let taken = take_bounce(channel).await?;
+            let taken = take_bounce(channel, length as usize).await?;
             bounce = taken.region.clone();
             let remote = part(&taken.registration, 0, length)?;
             (Source::Bounced { region, start, bounce: &bounce, remote }, Fetched::Bounce { _bounce: taken })
@@ -195,7 +198,8 @@ impl Binding {
     }
 
     /// Reads file bytes from `file_offset` on into `range`; long ranges are split, and the pieces pipelined.
-    /// Returns how many bytes were read: fewer than asked for at the end of the file, 0 beyond it.
+    /// Returns how many bytes were read: fewer than asked for at the end of the file, 0 beyond it. When it returns, also
+    /// with an error, nothing of it is under way; a call that is dropped may leave requests behind that still do.
     ///
     /// # Errors
     /// As [`Binding::submit_read`]; and what the server refuses.
@@ -229,23 +233,27 @@ impl Binding {
             return submit(range.start).await?.1.await;
         }
         let mut in_flight = VecDeque::with_capacity(PIECES_MAX);
-        let (mut next, mut total) = (range.start, 0);
-        loop {
-            while next < range.end && in_flight.len() < PIECES_MAX {
-                in_flight.push_back(submit(next).await?);
-                next += piece;
-            }
-            let Some((wanted, request)) = in_flight.pop_front() else { return Ok(total) };
-            let count = request.await?;
-            total += count;
-            if count < wanted {
-                // Nothing behind a short piece counts; but the region is the caller's again only when all is answered.
-                for (_, request) in in_flight {
-                    let _ = request.await;
+        let moved = async {
+            let (mut next, mut total) = (range.start, 0);
+            loop {
+                while next < range.end && in_flight.len() < PIECES_MAX {
+                    in_flight.push_back(submit(next).await?);
+                    next += piece;
                 }
-                return Ok(total);
+                let Some((wanted, request)) = in_flight.pop_front() else { return Ok(total) };
+                let count = request.await?;
+                total += count;
+                if count < wanted {
+                    return Ok(total);
+                }
             }
         }
+        .await;
+        // Nothing behind a short or failed piece counts; but the region is the caller's again only when all is answered.
+        for (_, request) in in_flight {
+            let _ = request.await;
+        }
+        moved
     }
 
     /// Writes all of `range`, or fails.
@@ -301,14 +309,18 @@ impl Binding {
     /// # Errors
     /// What the server refuses.
     pub async fn unbind(&self) -> Result<()> {
-        if self.inner.unbound.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
-        self.request(Request::Unbind, Purpose::Unbind).await
+        let Some(claim) = Claim::take(&self.inner.unbound) else { return Ok(()) };
+        let (core, unbind) = (&self.inner.core, Request::Unbind);
+        let reply = self.inner.channel.submit(Some(core), unbind, Purpose::Unbind).await?;
+        claim.keep();
+        Self::done(reply).await
     }
 
     async fn request(&self, request: Request<'_>, purpose: Purpose) -> Result<()> {
-        let reply = self.inner.channel.submit(Some(&self.inner.core), request, purpose).await?;
+        Self::done(self.inner.channel.submit(Some(&self.inner.core), request, purpose).await?).await
+    }
+
+    async fn done(reply: Reply) -> Result<()> {
         match reply.outcome().await? {
             Done::Counted(_) => Ok(()),
             Done::Bound(_) => Err(Error::Internal("a flush was answered as a bind")),
@@ -323,13 +335,14 @@ fn part(registration: &Registration, start: usize, length: u32) -> Result<Region
         .ok_or(Error::Internal("a checked range lies outside of its registration"))
 }
 
-/// A bounce region of the channel: an idle one, or a new one while there are not too many.
-async fn take_bounce(channel: &Arc<Shared>) -> Result<Bounce> {
+/// A bounce region of the channel for `length` bytes: an idle one that is large enough, or a new one in its place.
+async fn take_bounce(channel: &Arc<Shared>, length: usize) -> Result<Bounce> {
     let place = Arc::clone(&channel.bounces).acquire_owned().await.map_err(|_| channel.ended())?;
     let idle = channel.idle_bounces.lock().pop();
-    let region = match idle {
+    let region = match idle.filter(|region| region.len() >= length) {
         Some(region) => region,
-        None => Region::allocate(channel.piece_max(true))?,
+        // Rounded up, so that a channel soon has what it needs.
+        None => Region::allocate(length.max(BOUNCE_MIN).next_power_of_two())?,
     };
     let registration = region.registration(channel)?;
     Ok(Bounce { region, registration, home: Arc::clone(&channel.idle_bounces), _place: place })

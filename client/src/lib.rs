@@ -12,6 +12,7 @@
 mod bind;
 mod binding;
 mod channel;
+mod claim;
 mod config;
 mod endpoint;
 mod error;

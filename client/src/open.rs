@@ -1,5 +1,6 @@
 //! [`Open`]: one granted access to one file, and what is needed to bind channels to it.
 
+use crate::claim::Claim;
 use crate::error::{Error, Result};
 use crate::requests::Changes;
 use crate::session::{Session, unexpected};
@@ -8,7 +9,7 @@ use holdfast_shared::types::{Access, CreateId, Disposition, OpenId, ShareMode, S
 use holdfast_shared::wire::control::{self, Attributes, KeyGrant, Place, Reply, Request, Target};
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// How to open a file.
@@ -221,10 +222,8 @@ impl Open {
     /// # Errors
     /// As any request.
     pub async fn close(&self) -> Result<()> {
-        if self.inner.closed.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
-        match self.inner.session.call(Request::Close(self.inner.id)).await? {
+        let Some(claim) = Claim::take(&self.inner.closed) else { return Ok(()) };
+        match self.inner.session.call_and(Request::Close(self.inner.id), || claim.keep()).await? {
             Reply::Done => Ok(()),
             _ => Err(unexpected("close")),
         }

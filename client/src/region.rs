@@ -13,9 +13,10 @@ use std::sync::{Arc, Weak};
 /// Memory that the server of a channel may read and write while requests name it. Cheap to clone: clones are the
 /// same memory.
 ///
-/// It is registered with a channel when a request first names it there, and stays so while both live: make regions
+/// It is registered with a channel when a request first names it there, and stays so while it lives: make regions
 /// once and use them again. (A first registration with an RDMA device pins the pages; that takes milliseconds for many
-/// megabytes.) Its bytes are never a slice: a peer may change them at any moment.
+/// megabytes.) A registration with a channel that has ended is of no use to anybody, but keeps the pages pinned until
+/// the region is registered with another channel, or dropped. Its bytes are never a slice: a peer may change them at any moment.
 #[derive(Clone)]
 pub struct Region {
     inner: Arc<Inner>,

@@ -36,7 +36,7 @@ use holdfast_shared::types::{FRAME_BYTES_MAX, INLINE_BYTES_MAX};
 use holdfast_shared::wire::service::TransportKind;
 use holdfast_transport::{Capabilities, Channel, Registrar, Setup};
 use holdfast_verbs::memory::Pool;
-use in_flight::Reply;
+pub(crate) use in_flight::Reply;
 use parking_lot::Mutex;
 use request::{Purpose, Request};
 use state::{Sent, State};
@@ -52,6 +52,10 @@ const REPLY_BYTES: usize = 512;
 const NOTICES: usize = 16;
 /// Send buffers beyond the credits: a reply may overtake the completion of its own request.
 const SENDS_BEHIND: usize = 64;
+/// Longest piece of one request, whatever the server would take.
+const TRANSFER_MAX: u32 = 64 << 20;
+/// Longest piece under a policy that covers the payload: that needs a private copy, and a bounce region if sealed.
+const COVERED_TRANSFER_MAX: u32 = 4 << 20;
 /// Bounce regions of one channel: sealed writes under way.
 const BOUNCES_MAX: usize = 8;
 
@@ -227,6 +231,10 @@ impl Shared {
             match sent {
                 Ok(Sent::Number(number)) => Poll::Ready(Ok(number)),
                 Ok(Sent::NoRoom) => Poll::Pending,
+                // What has just been drained may say more about the end than the transport knew.
+                Err(error @ Error::Ended { .. }) => {
+                    Poll::Ready(Err(state.ended.clone().map_or(error, Error::channel)))
+                }
                 Err(error) => Poll::Ready(Err(error)),
             }
         })

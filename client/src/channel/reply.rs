@@ -1,8 +1,8 @@
 //! What the server sends: form, sequence and MAC are checked before anything of it is believed.
 
-use super::Facts;
 use super::request::{Done, Failure, Purpose};
 use super::state::State;
+use super::{COVERED_TRANSFER_MAX, Facts, TRANSFER_MAX};
 use crate::error::Ended;
 use holdfast_shared::auth::FrameKey;
 use holdfast_shared::types::Status;
@@ -45,8 +45,8 @@ impl State {
         let facts = Facts {
             instance: hello.instance,
             inline_max: hello.inline_max.get() as usize,
-            transfer_max,
-            sealed_transfer_max,
+            transfer_max: transfer_max.min(TRANSFER_MAX),
+            sealed_transfer_max: sealed_transfer_max.min(COVERED_TRANSFER_MAX),
             bindings_max: hello.bindings_max.get(),
         };
         self.nonce = hello.nonce;
@@ -116,7 +116,7 @@ impl State {
                 return Err(Ended::BadMac);
             }
         } else if frame.header.binding.get() != 0
-            || status == Status::Ok
+            || status != Status::NotBound
             || !FrameKey::unkeyed().verify(frame)
         {
             // Only "there is no such binding" comes without the binding's key.

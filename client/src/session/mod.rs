@@ -18,8 +18,8 @@ use holdfast_shared::wire::{from_cbor, to_cbor};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -68,9 +68,48 @@ struct Waiting {
 }
 
 struct Waiter {
-    reply: oneshot::Sender<Reply>,
+    reply: oneshot::Sender<Parcel>,
+    /// For a reply that cannot be left lying.
+    session: Weak<Inner>,
     /// Held until the reply comes, also when the caller has gone: this bounds the table.
     _place: OwnedSemaphorePermit,
+}
+
+impl Waiter {
+    fn deliver(self, reply: Reply) {
+        let Self { reply: sender, session, _place: place } = self;
+        // Given back first: a parcel that is not taken may need it.
+        drop(place);
+        drop(sender.send(Parcel { reply: Some(reply), session }));
+    }
+}
+
+/// A reply on its way to a caller. Should that have gone, or go before it takes the reply, an open in it is closed again:
+/// nobody else knows of it.
+struct Parcel {
+    reply: Option<Reply>,
+    session: Weak<Inner>,
+}
+
+impl Parcel {
+    fn take(mut self) -> Option<Reply> {
+        self.reply.take()
+    }
+}
+
+impl Drop for Parcel {
+    fn drop(&mut self) {
+        let Some(Reply::Opened(opened)) = &self.reply else { return };
+        // With the session the server closes what is open.
+        let Some(inner) = self.session.upgrade() else { return };
+        let (session, id) = (Session { inner }, opened.open);
+        tracing::debug!(open = %id, "nobody waits for the open any more: closing it");
+        if !session.call_and_forget(Request::Close(id)) {
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(async move { session.call(Request::Close(id)).await });
+            }
+        }
+    }
 }
 
 impl Waiting {
@@ -147,24 +186,25 @@ impl Session {
 
     /// Sends a request and waits for its reply; a refusal is an error.
     pub(crate) async fn call(&self, request: Request) -> Result<Reply> {
+        self.call_and(request, || ()).await
+    }
+
+    /// As [`Session::call`]; `sent` is called once the request is on its way, whatever becomes of it or of the caller.
+    pub(crate) async fn call_and(&self, request: Request, sent: impl FnOnce()) -> Result<Reply> {
         let inner = &self.inner;
-        let place = Arc::clone(&inner.places).acquire_owned().await.map_err(|_| inner.waiting.why())?;
-        let id = inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let frame = frame(&RequestMessage { id, request })?;
-        let (sender, receiver) = oneshot::channel();
-        {
-            let mut table = inner.waiting.table.lock();
-            if let Some(why) = &table.1 {
-                return Err(Error::session(why.clone()));
-            }
-            table.0.insert(id, Waiter { reply: sender, _place: place });
-        }
-        inner.outgoing.send(Outgoing::Frame(frame)).await.map_err(|_| inner.waiting.why())?;
         let after = inner.config.request_max();
-        match timeout(after, receiver).await {
+        // One limit for all of it: a server that does not answer keeps callers from getting a place, too.
+        let reply = timeout(after, async {
+            let place = Arc::clone(&inner.places).acquire_owned().await.map_err(|_| inner.waiting.why())?;
+            let slot = inner.outgoing.reserve().await.map_err(|_| inner.waiting.why())?;
+            let (sender, receiver) = oneshot::channel();
+            self.hand_over(request, sender, place, slot)?;
+            sent();
+            receiver.await.ok().and_then(Parcel::take).ok_or_else(|| inner.waiting.why())
+        });
+        match reply.await {
             Ok(Ok(Reply::Refused(refusal))) => Err(refused(refusal)),
-            Ok(Ok(reply)) => Ok(reply),
-            Ok(Err(_)) => Err(inner.waiting.why()),
+            Ok(outcome) => outcome,
             Err(_) => Err(Error::TimedOut { what: "a control request", after }),
         }
     }
@@ -174,15 +214,26 @@ impl Session {
         let inner = &self.inner;
         let Ok(place) = Arc::clone(&inner.places).try_acquire_owned() else { return false };
         let Ok(slot) = inner.outgoing.try_reserve() else { return false };
-        let id = inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let Ok(frame) = frame(&RequestMessage { id, request }) else { return false };
-        let mut table = inner.waiting.table.lock();
-        if table.1.is_some() {
-            return false;
+        self.hand_over(request, oneshot::channel().0, place, slot).is_ok()
+    }
+
+    /// Gives a request a number and to the writer, and notes who waits for the reply.
+    fn hand_over(
+        &self,
+        request: Request,
+        reply: oneshot::Sender<Parcel>,
+        place: OwnedSemaphorePermit,
+        slot: mpsc::Permit<'_, Outgoing>,
+    ) -> Result<()> {
+        let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
+        let frame = frame(&RequestMessage { id, request })?;
+        let mut table = self.inner.waiting.table.lock();
+        if let Some(why) = &table.1 {
+            return Err(Error::session(why.clone()));
         }
-        table.0.insert(id, Waiter { reply: oneshot::channel().0, _place: place });
+        table.0.insert(id, Waiter { reply, session: Arc::downgrade(&self.inner), _place: place });
         slot.send(Outgoing::Frame(frame));
-        true
+        Ok(())
     }
 
     /// Asks for nothing; returns how long the answer took.
@@ -291,11 +342,13 @@ async fn read_reply(input: &mut (impl AsyncRead + Unpin)) -> Result<Option<Reply
 async fn read_all(mut input: impl AsyncRead + Unpin, waiting: Arc<Waiting>, places: Arc<Semaphore>) {
     let why = loop {
         match read_reply(&mut input).await {
-            Ok(Some(ReplyMessage { id, reply })) => match waiting.table.lock().0.remove(&id) {
-                // A caller that has gone does not want it any more.
-                Some(waiter) => drop(waiter.reply.send(reply)),
-                None => break Ended::Misbehaved("a reply to a request that was not made"),
-            },
+            Ok(Some(ReplyMessage { id, reply })) => {
+                let waiter = waiting.table.lock().0.remove(&id);
+                match waiter {
+                    Some(waiter) => waiter.deliver(reply),
+                    None => break Ended::Misbehaved("a reply to a request that was not made"),
+                }
+            }
             Ok(None) => break Ended::Disconnected,
             Err(Error::Misbehaved(text)) => {
                 tracing::warn!("the server broke the control protocol: {text}");

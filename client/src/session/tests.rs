@@ -1,10 +1,12 @@
 //! Sessions against a scripted server: real TLS on loopback, answers by script.
 
 use super::*;
+use crate::OpenOptions;
 use crate::config::{Tls, Transport};
+use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::auth::{EXPORTER_LABEL, Secret};
-use holdfast_shared::types::{OpenId, Status};
-use holdfast_shared::wire::control::{Place, Refusal};
+use holdfast_shared::types::{Access, FileTime, HandleId, OpenId, Status, VolumeId};
+use holdfast_shared::wire::control::{Attributes, FileKind, KeyGrant, Opened, Place, Refusal};
 use rcgen::{CertificateParams, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -225,4 +227,141 @@ async fn another_version_is_incompatible() {
     let pki = Pki::new();
     let config = serve(&pki, VERSION + 1, |_| async {}).await;
     assert!(matches!(Session::connect(&config).await, Err(Error::Incompatible(_))));
+}
+
+fn opened(open: OpenId) -> Reply {
+    let time = FileTime { seconds: 0, nanos: 0 };
+    Reply::Opened(Opened {
+        open,
+        handle: HandleId([2; 16]),
+        access: Access::READ,
+        created: false,
+        hold_ms: 0,
+        attributes: Attributes {
+            kind: FileKind::File,
+            size: 0,
+            allocated: 0,
+            mode: 0o644,
+            inode: 1,
+            links: 1,
+            accessed: time,
+            modified: time,
+            changed: time,
+            uid: 0,
+            gid: 0,
+        },
+        key: KeyGrant {
+            resume_key: vec![1],
+            service_blob: Vec::new(),
+            challenge: [0; 32],
+            volume: VolumeId([6; 16]),
+            policy: MacPolicy::Header,
+        },
+    })
+}
+
+/// A place on the scripted server.
+fn file() -> Place {
+    Place { volume: "v".into(), path: "file".into() }
+}
+
+#[tokio::test]
+async fn an_open_nobody_waits_for_any_more_is_closed() {
+    let pki = Pki::new();
+    let (asked, is_asked) = oneshot::channel();
+    let (gone, is_gone) = oneshot::channel::<()>();
+    let (sender, receiver) = oneshot::channel();
+    let config = serve(&pki, VERSION, |mut stream| async move {
+        let request = take(&mut stream).await.unwrap();
+        assert!(matches!(request.request, Request::Open(_)));
+        asked.send(()).unwrap();
+        is_gone.await.unwrap();
+        give(&mut stream, request.id, opened(OpenId([8; 16]))).await;
+        sender.send(take(&mut stream).await.unwrap().request).unwrap();
+    })
+    .await;
+    let session = Session::connect(&config).await.unwrap();
+    let place = file();
+    let options = OpenOptions::read();
+    tokio::select! {
+        _ = session.open(&place, &options) => panic!("it was not answered"),
+        _ = is_asked => {}
+    }
+    gone.send(()).unwrap();
+    let next = timeout(Duration::from_secs(10), receiver).await.expect("nothing was asked").unwrap();
+    assert!(matches!(next, Request::Close(id) if id == OpenId([8; 16])), "{next:?}");
+}
+
+#[tokio::test]
+async fn a_reply_that_is_not_taken_closes_its_open() {
+    let pki = Pki::new();
+    let (sender, receiver) = oneshot::channel();
+    let config = serve(&pki, VERSION, |mut stream| async move {
+        let request = take(&mut stream).await.unwrap();
+        give(&mut stream, request.id, opened(OpenId([8; 16]))).await;
+        // The answer to this one comes after the other's.
+        let ping = take(&mut stream).await.unwrap();
+        give(&mut stream, ping.id, Reply::Done).await;
+        sender.send(take(&mut stream).await.unwrap().request).unwrap();
+    })
+    .await;
+    let session = Session::connect(&config).await.unwrap();
+    let (place, options) = (file(), OpenOptions::read());
+    {
+        let mut open = Box::pin(session.open(&place, &options));
+        assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(open.as_mut().poll(cx).is_pending())).await);
+        session.ping().await.unwrap();
+    }
+    let next = timeout(Duration::from_secs(10), receiver).await.expect("nothing was asked").unwrap();
+    assert!(matches!(next, Request::Close(id) if id == OpenId([8; 16])), "{next:?}");
+}
+
+#[tokio::test]
+async fn a_request_without_a_place_times_out_and_a_close_is_made_up_for() {
+    let pki = Pki::new();
+    let (release, released) = oneshot::channel::<()>();
+    let (sender, receiver) = oneshot::channel();
+    let mut config = serve(&pki, VERSION, |mut stream| async move {
+        let request = take(&mut stream).await.unwrap();
+        give(&mut stream, request.id, opened(OpenId([8; 16]))).await;
+        let mut held = Vec::new();
+        while held.len() < REQUESTS_MAX {
+            held.push(take(&mut stream).await.unwrap().id);
+        }
+        released.await.unwrap();
+        for id in held {
+            give(&mut stream, id, Reply::Done).await;
+        }
+        loop {
+            let request = take(&mut stream).await.unwrap();
+            if !matches!(request.request, Request::Ping) {
+                sender.send(request.request).unwrap();
+                return;
+            }
+            give(&mut stream, request.id, Reply::Done).await;
+        }
+    })
+    .await;
+    config.request_ms_max = 200;
+    let session = Session::connect(&config).await.unwrap();
+    let open = session.open(&file(), &OpenOptions::read()).await.unwrap();
+    let mut pings = tokio::task::JoinSet::new();
+    for _ in 0..REQUESTS_MAX {
+        let session = session.clone();
+        pings.spawn(async move { session.ping().await });
+    }
+    while let Some(ping) = pings.join_next().await {
+        assert!(matches!(ping.unwrap(), Err(Error::TimedOut { .. })));
+    }
+    // Their places are the server's until it answers.
+    let late = timeout(Duration::from_secs(10), session.ping()).await.expect("it waits for ever");
+    assert!(matches!(late, Err(Error::TimedOut { .. })));
+    let close = timeout(Duration::from_secs(10), open.close()).await.expect("it waits for ever");
+    assert!(matches!(close, Err(Error::TimedOut { .. })));
+    release.send(()).unwrap();
+    while session.ping().await.is_err() {}
+    // The close was never sent: now it is.
+    drop(open);
+    let next = timeout(Duration::from_secs(10), receiver).await.expect("nothing was asked").unwrap();
+    assert!(matches!(next, Request::Close(id) if id == OpenId([8; 16])), "{next:?}");
 }

@@ -271,3 +271,73 @@ async fn closing_answers_everybody() {
     assert_eq!(why(&request.await.unwrap_err()), Some(Ended::Closed));
     assert_eq!(why(&world.bind().await.unwrap_err()), Some(Ended::Closed));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_piece_waits_for_the_others() {
+    let world = World::new(Script::default()).await;
+    let binding = world.bind().await.unwrap();
+    world.change(|script| script.hold = true);
+    let length = 7 * PIECE as usize;
+    let region = Region::allocate(length).unwrap();
+    let read = tokio::spawn({
+        let (binding, region) = (binding.clone(), region.clone());
+        async move { binding.read_at(&region, 0..length, 0).await }
+    });
+    world.until(|script| script.held == 7).await;
+    world.change(|script| (script.refuse, script.let_go) = (Some((Status::Io, true)), 1));
+    world.until(|script| script.let_go == 0).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!read.is_finished(), "the server may still place into the region");
+    world.change(|script| script.hold = false);
+    assert_eq!(read.await.unwrap().unwrap_err().status(), Some(Status::Io));
+    assert_eq!(world.channel.shared.state.lock().slots.len(), 0, "all are answered");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_unbind_still_gives_the_binding_back() {
+    let world = World::new(Script { credits: 1, ..Script::default() }).await;
+    let binding = world.bind().await.unwrap();
+    world.change(|script| script.hold = true);
+    let region = Region::allocate(8).unwrap();
+    let read = binding.submit_read(&region, 0..8, 0).await.unwrap();
+    // It waits for the only credit.
+    assert!(tokio::time::timeout(Duration::from_millis(20), binding.unbind()).await.is_err());
+    drop(binding);
+    world.change(|script| script.hold = false);
+    read.await.unwrap();
+    world.until(|script| script.unbinds == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_missing_binding_is_believed_without_a_mac() {
+    for (status, ends) in [(Status::Io, true), (Status::Fenced, true), (Status::NotBound, false)] {
+        let world = World::new(Script::default()).await;
+        let binding = world.bind().await.unwrap();
+        world.change(|script| script.refuse = Some((status, false)));
+        let error = binding.flush().await.unwrap_err();
+        if ends {
+            assert_eq!(why(&error), Some(Ended::BadMac), "{status}");
+        } else {
+            assert_eq!((error.status(), world.channel.ended()), (Some(status), None));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_boundless_server_does_not_make_us_boundless() {
+    let script = Script { boundless: true, policy: MacPolicy::Sealed, ..Script::default() };
+    let world = World::new(script).await;
+    assert_eq!(world.channel.transfer_max(), TRANSFER_MAX);
+    let binding = world.bind().await.unwrap();
+    assert_eq!(binding.piece_max(), COVERED_TRANSFER_MAX as usize);
+    // More than is sent inline: the bounce region is as large as it has to be.
+    let region = Region::allocate(5000).unwrap();
+    for _ in 0..2 {
+        binding.write_all(&region, 0..5000, 0).await.unwrap();
+        let idle: Vec<usize> = world.channel.shared.idle_bounces.lock().iter().map(Region::len).collect();
+        assert_eq!(idle, [64 << 10]);
+    }
+    world.channel.shared.idle_bounces.lock()[0] = Region::allocate(4096).unwrap();
+    binding.write_all(&region, 0..5000, 0).await.unwrap();
+    assert_eq!(world.channel.shared.idle_bounces.lock()[0].len(), 64 << 10, "one too small is replaced");
+}

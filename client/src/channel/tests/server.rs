@@ -22,6 +22,12 @@ pub(super) struct Script {
     pub(super) fence_after_bind: bool,
     /// Requests are not answered while this is on.
     pub(super) hold: bool,
+    /// So many are, all the same.
+    pub(super) let_go: usize,
+    /// The next request is answered with this status; signed with the binding's key, or not at all.
+    pub(super) refuse: Option<(Status, bool)>,
+    /// The hello allows transfers of any length.
+    pub(super) boundless: bool,
     pub(super) held: usize,
     pub(super) held_max: usize,
     pub(super) unbinds: usize,
@@ -80,14 +86,15 @@ impl Server {
     }
 
     pub(super) fn run(mut self) {
+        let boundless = self.script.lock().boundless;
         let hello = data::Hello {
             nonce: self.nonce,
             instance: [9; 16],
             credits: 1.into(),
             bindings_max: 8.into(),
             inline_max: 4096.into(),
-            transfer_max: PIECE.into(),
-            sealed_transfer_max: (PIECE / 2).into(),
+            transfer_max: if boundless { u32::MAX } else { PIECE }.into(),
+            sealed_transfer_max: if boundless { u32::MAX } else { PIECE / 2 }.into(),
             reserved: [0; 16],
         };
         self.send(Opcode::Hello, 0, 0, hello.as_bytes(), None);
@@ -112,7 +119,7 @@ impl Server {
             if self.script.lock().stop || self.channel.ended().is_some() {
                 return;
             }
-            if !self.script.lock().hold && !self.waiting.is_empty() {
+            if !self.waiting.is_empty() && self.may_answer() {
                 self.answer();
                 continue;
             }
@@ -125,6 +132,16 @@ impl Server {
                 let _ = rustix::io::read(&*self.kick, &mut [0; 8]);
             }
         }
+    }
+
+    fn may_answer(&self) -> bool {
+        let mut script = self.script.lock();
+        if !script.hold {
+            return true;
+        }
+        let may = script.let_go > 0;
+        script.let_go = script.let_go.saturating_sub(1);
+        may
     }
 
     fn policy(&self) -> MacPolicy {
@@ -200,6 +217,17 @@ impl Server {
 
     fn answer(&mut self) {
         let Some((binding, request, todo)) = self.waiting.pop_front() else { return };
+        let refuse = self.script.lock().refuse.take();
+        if let Some((status, signed)) = refuse {
+            let reply = data::Reply {
+                status: status.number().into(),
+                credits: 1.into(),
+                count: 0.into(),
+                verifier: 5.into(),
+            };
+            let binding = if signed { binding } else { 0 };
+            return self.send(Opcode::Reply, binding, request, reply.as_bytes(), None);
+        }
         match todo {
             Todo::Read(io) => {
                 let start = usize::try_from(io.offset.get()).unwrap().min(self.file.len());
