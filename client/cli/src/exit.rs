@@ -1,6 +1,6 @@
 //! Exit codes, and how errors are told.
 
-use holdfast_client::{Ended, Error};
+use holdfast_client::{Ended, Error, Status};
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -46,6 +46,8 @@ fn code(error: &anyhow::Error) -> u8 {
         return 5;
     }
     match error.chain().find_map(|e| e.downcast_ref::<Error>()) {
+        // Fenced: the session that held the open is gone.
+        Some(Error::Refused(refusal)) if refusal.status == Status::Fenced => 4,
         Some(Error::Refused(_)) => 3,
         Some(Error::Ended { why: Ended::Closed | Ended::Disconnected | Ended::Transport(_), .. }) => 4,
         Some(Error::TimedOut { .. } | Error::Io { .. }) => 4,
@@ -66,13 +68,14 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_client::{Refusal, Status};
+    use holdfast_client::Refusal;
 
     #[test]
     fn codes_are_those_documented() {
-        let refused =
-            Error::Refused(Refusal { status: Status::NotFound, detail: String::new(), retry: None });
-        assert_eq!(code(&anyhow::Error::new(refused).context("x")), 3);
+        for (status, wanted) in [(Status::NotFound, 3), (Status::Fenced, 4)] {
+            let refused = Error::Refused(Refusal { status, detail: String::new(), retry: None });
+            assert_eq!(code(&anyhow::Error::new(refused).context("x")), wanted);
+        }
         assert_eq!(code(&Error::Ended { what: "channel", why: Ended::Disconnected }.into()), 4);
         assert_eq!(code(&Partial { failed: 1, total: 2 }.into()), 5);
         assert_eq!(code(&anyhow::anyhow!("x")), 1);

@@ -114,7 +114,7 @@ fn many_bindings_of_one_open_on_one_channel() {
         let reader = open.bind_with_access(&channel, Access::READ).await.unwrap();
         let region = Region::allocate(4096).unwrap();
         for (n, binding) in bindings.iter().enumerate() {
-            region.copy_in(0, &[n as u8; 4096]).unwrap();
+            region.copy_in(0, &[u8::try_from(n).unwrap(); 4096]).unwrap();
             binding.write_all(&region, 0..4096, n as u64 * 4096).await.unwrap();
         }
         let all = reader.read_vec(0, 16 * 4096 + 100).await.unwrap();

@@ -53,6 +53,10 @@ pub struct Wish {
     pub dataplane: &'static str,
     /// Uncomment every setting that `init` has written as a comment.
     pub uncomment: bool,
+    /// Where `serve` is started from [default: beside the program under test].
+    pub programs: Option<PathBuf>,
+    /// Close the reading end of `serve`'s standard output once it is ready.
+    pub deaf: bool,
 }
 
 /// A running server in a directory of its own. Dropping it stops both planes and removes the directory.
@@ -99,7 +103,8 @@ impl Deployment {
         }
         program("holdfast-control");
         program("holdfast-dataplane");
-        let mut serve = Command::new(program("holdfast"))
+        let serving = wish.programs.as_ref().map_or_else(|| program("holdfast"), |d| d.join("holdfast"));
+        let mut serve = Command::new(serving)
             .args(["serve", "--json", "--dir"])
             .arg(&home)
             .stdin(Stdio::null())
@@ -122,8 +127,12 @@ impl Deployment {
                 break;
             }
         }
-        // serve goes on printing; nobody may leave its pipe full.
-        std::thread::spawn(move || lines.for_each(drop));
+        if wish.deaf {
+            drop(lines);
+        } else {
+            // serve goes on printing; nobody may leave its pipe full.
+            std::thread::spawn(move || lines.for_each(drop));
+        }
         let Some(listen) = listen else { panic!("serve said nothing of control:\n{}", deployment.log()) };
         deployment.control_pid = deployment.child_of(pid, "holdfast-contro");
         deployment.dataplane_pid = deployment.child_of(pid, "holdfast-datapl");
@@ -227,6 +236,31 @@ impl Deployment {
         let child = self.serve.take().expect("running");
         signal(child.id(), rustix::process::Signal::TERM);
         finish(child).status
+    }
+
+    /// Kills the data plane, does `meanwhile`, and waits until `serve` has started it again.
+    pub fn restart_dataplane(&mut self, meanwhile: impl FnOnce(&Self)) {
+        let serve = self.serve.as_ref().expect("running").id();
+        signal(self.dataplane_pid, rustix::process::Signal::KILL);
+        meanwhile(self);
+        let start = Instant::now();
+        loop {
+            let now = self.child_of(serve, "holdfast-datapl");
+            if now != self.dataplane_pid {
+                self.dataplane_pid = now;
+                return;
+            }
+            assert!(start.elapsed() < DEADLINE, "the data plane is not started again:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Runs `holdfast ARGS`: its exit code, standard output and standard error.
+    pub fn ends(&self, args: &[&str]) -> (i32, String, String) {
+        let output =
+            finish(self.holdfast(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
     }
 
     fn child_of(&self, parent: u32, name: &str) -> u32 {
