@@ -135,13 +135,16 @@ pub struct EngineConfig {
     pub pool_bytes: usize,
     /// Bytes of one bulk buffer, which is the largest single transfer. Default 256 KiB.
     pub buffer_bytes: usize,
-    /// Bytes of message buffers in all. Default 32 MiB. A channel gets fewer credits when they run short.
+    /// Bytes of message buffers in all. Default 64 MiB. Each of `channels_max` channels needs 36 KiB to begin with, and
+    /// 9 KiB more for each credit beyond the first two; a channel gets fewer credits when they run short.
     pub message_pool_bytes: usize,
     /// Requests one channel may have in flight once it is bound. Default 64.
     pub credits: u16,
     /// Rounds without work before a worker sleeps. Default 32; 0 sleeps at once. Bounds the spinning, so that an idle
     /// server uses no processor.
     pub spin_rounds: u32,
+    /// Jobs that may wait for a storage thread before they wait at their workers. Default 4096.
+    pub storage_queue: usize,
     /// Fetches of one write that are under way together. Default 4.
     pub fetches: u16,
 }
@@ -153,9 +156,10 @@ impl Default for EngineConfig {
             storage_threads: 4,
             pool_bytes: 128 << 20,
             buffer_bytes: 256 << 10,
-            message_pool_bytes: 32 << 20,
+            message_pool_bytes: 64 << 20,
             credits: 64,
             spin_rounds: 32,
+            storage_queue: 4096,
             fetches: 4,
         }
     }
@@ -177,8 +181,11 @@ impl EngineConfig {
 pub struct Limits {
     /// Channels in all. Default 1024.
     pub channels_max: usize,
-    /// Channels that have not been granted a binding yet. Default 64. More are turned away.
+    /// Channels that have not been granted a binding yet. Default 64. For one more, the oldest of the address that has
+    /// the most of them ends.
     pub half_open_max: usize,
+    /// Those of one address; of IPv6, of one /64 network. Default 16. For one more, the oldest of them ends.
+    pub half_open_per_address: usize,
     /// Bindings of one channel. Default 64.
     pub bindings_max: u16,
     /// Time from a channel's start to its first granted bind. Default 5000.
@@ -202,6 +209,7 @@ impl Default for Limits {
         Self {
             channels_max: 1024,
             half_open_max: 64,
+            half_open_per_address: 16,
             bindings_max: 64,
             bind_deadline_ms: 5000,
             unbound_ms: 60_000,
@@ -255,9 +263,11 @@ impl Config {
             "64 KiB or more",
         )?;
         value((1..=1024).contains(&e.credits), "engine.credits", "1 to 1024")?;
+        value((1..=65_536).contains(&e.storage_queue), "engine.storage_queue", "1 to 65536")?;
         value((1..=64).contains(&e.fetches), "engine.fetches", "1 to 64")?;
         value((1..=65_536).contains(&l.channels_max), "limits.channels_max", "1 to 65536")?;
         value(l.half_open_max >= 1, "limits.half_open_max", "at least 1")?;
+        value(l.half_open_per_address >= 1, "limits.half_open_per_address", "at least 1")?;
         value((1..=255).contains(&l.bindings_max), "limits.bindings_max", "1 to 255")?;
         value((1..=1 << 30).contains(&l.transfer_bytes_max), "limits.transfer_bytes_max", "1 byte to 1 GiB")?;
         for (ms, field) in [

@@ -9,6 +9,8 @@
 
 pub mod config;
 pub mod engine;
+pub mod fault;
 pub mod gauges;
+pub mod limiter;
 pub mod link;
 pub mod listeners;

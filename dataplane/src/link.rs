@@ -1,19 +1,20 @@
 //! The link: the data plane's end of the Unix socket to control.
 //!
 //! ```text
-//!            connect, Register            Registered{Ok}
+//!            connect, drain, Register     Registered{Ok}
 //!  (down) ───────────────────► registering ─────────────► up ──┐
 //!    ▲                            │ refused, no answer          │ control gone, or breaks the form
 //!    └──── pause: 50 ms doubling to 2 s, ± a quarter ◄──────────┘
 //! ```
 //!
 //! One thread owns the socket. Workers leave messages in a queue and write an event descriptor; nobody else touches
-//! the socket. While control is away bindings go on, and binds are refused `Unavailable`. When the link is up again
-//! control is a new process and knows none of the earlier bindings: the engine ends them, their clients get a Notice
-//! `Fenced` and bind again. Each registration has a number, and what is said of a binding made under an earlier one is
+//! the socket. While control is away bindings go on, and binds are refused `Unavailable`. Once control can be reached
+//! again, all earlier bindings are drained before we register: a registration says that none is left (the contract
+//! is in [`holdfast_shared::wire::link`]). Their clients get a Notice `Fenced` and bind again. Each registration has a number, and what is said of a binding made under an earlier one is
 //! dropped: its number means nothing, or another binding, to this control.
 
 use crate::engine::{ControlPort, Engine, Redemption, Ticket};
+use crate::limiter::Limiter;
 use crossbeam::queue::SegQueue;
 use holdfast_shared::types::{LINK_PACKET_BYTES_MAX, Status};
 use holdfast_shared::wire::link::{
@@ -21,19 +22,29 @@ use holdfast_shared::wire::link::{
 };
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FlockOperation;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
     SocketAddrUnix, SocketFlags, SocketType,
 };
 use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+use zeroize::Zeroize;
 
+const LOCK_FILE: &str = "dataplane.lock";
+/// While old bindings are drained: how often to look whether we are to stop; a drain after which control is connected
+/// to anew; and how often a long one is told.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
+const DRAIN_FAST: Duration = Duration::from_secs(1);
+const DRAIN_TELL: Duration = Duration::from_secs(10);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
@@ -53,6 +64,14 @@ pub struct LinkPort {
     up: AtomicBool,
     registration: AtomicU64,
     stop: AtomicBool,
+    /// Locked while this process may have bindings: as long as it lives. See [`lock_path`].
+    lock: OnceLock<File>,
+}
+
+/// The file beside the link socket that a data plane keeps locked (flock) from before its first registration until its
+/// process has ended.
+pub fn lock_path(link: &Path) -> PathBuf {
+    link.with_file_name(LOCK_FILE)
 }
 
 impl LinkPort {
@@ -67,6 +86,7 @@ impl LinkPort {
             up: AtomicBool::new(false),
             registration: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            lock: OnceLock::new(),
         }))
     }
 
@@ -179,18 +199,55 @@ impl<F: FnOnce()> Link<'_, F> {
     /// One connection, from its beginning to its end. `Ok` when stopped.
     fn serve(&mut self) -> Result<(), Lost> {
         let before = |why: io::Error| Lost { was_up: false, why };
-        let socket = self.connect().map_err(before)?;
-        self.register(&socket).map_err(before)?;
-        let registration = self.port.registration.fetch_add(1, Ordering::SeqCst) + 1;
-        if registration > 1 {
-            self.engine.new_control(registration);
+        let mut socket = self.connect().map_err(before)?;
+        self.lock().map_err(before)?;
+        let registration = self.port.registration.load(Ordering::SeqCst) + 1;
+        let begun = Instant::now();
+        self.drain(registration);
+        if begun.elapsed() > DRAIN_FAST {
+            // Control does not wait long for a registration.
+            socket = self.connect().map_err(before)?;
         }
+        self.register(&socket).map_err(before)?;
+        self.port.registration.store(registration, Ordering::SeqCst);
         self.port.up.store(true, Ordering::SeqCst);
         tracing::info!(registration, "registered with control");
         if let Some(registered) = self.registered.take() {
             registered();
         }
         self.exchange(&socket, registration).map_err(|why| Lost { was_up: true, why })
+    }
+
+    /// Takes the lock that says a data plane lives; kept from then on.
+    fn lock(&self) -> io::Result<()> {
+        if self.port.lock.get().is_some() {
+            return Ok(());
+        }
+        let path = lock_path(&self.path);
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
+            io::Error::other(format!("another data plane holds {}: {error}", path.display()))
+        })?;
+        let _ = self.port.lock.set(file);
+        Ok(())
+    }
+
+    /// Ends the bindings of earlier registrations, and waits until nothing of them is under way: a peer that holds that up
+    /// is cut off after `fence_ms`; storage is waited for.
+    fn drain(&mut self, registration: u64) {
+        if self.engine.drained(Duration::ZERO) {
+            return;
+        }
+        self.engine.new_control(registration);
+        let mut told = Instant::now();
+        while !self.engine.drained(DRAIN_LOOK) && !self.port.stopped() {
+            // Binds are answered meanwhile.
+            self.down();
+            if told.elapsed() > DRAIN_TELL {
+                told = Instant::now();
+                tracing::warn!("storage holds up old bindings: control can't be told yet that they are gone");
+            }
+        }
     }
 
     fn connect(&self) -> io::Result<OwnedFd> {
@@ -392,9 +449,22 @@ fn receive(socket: &OwnedFd) -> io::Result<Packet> {
     if received.bytes == 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "control has closed the link"));
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(io::Error::other("a packet of control is too long"));
     }
-    let message = from_cbor(&bytes[..received.bytes], LINK_PACKET_BYTES_MAX).map_err(io::Error::other)?;
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        // The message is whole: its bind is refused, and everybody else is served.
+        static LOGGED: Limiter = Limiter::new();
+        if let Some(suppressed) = LOGGED.pass() {
+            tracing::warn!(
+                suppressed,
+                "no room for a descriptor of control's: raise the limit of open files"
+            );
+        }
+    }
+    let message = from_cbor(&bytes[..received.bytes], LINK_PACKET_BYTES_MAX).map_err(io::Error::other);
+    // A grant has brought channel keys.
+    bytes[..received.bytes].zeroize();
+    let message = message?;
     Ok(Packet::Message(Box::new(message), fd))
 }

@@ -112,12 +112,11 @@ impl Listeners {
             let address = listener.address();
             let thread = std::thread::Builder::new().name(format!("accept-{n}")).spawn(move || {
                 loop {
-                    match listener.accept(&mut |_| engine.setup()) {
+                    match listener.accept(&mut |peer| engine.setup(peer)) {
                         Ok(channel) => engine.adopt(channel),
                         Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return,
                         Err(error) => {
-                            tracing::error!(%address, %error, "listening has ended");
-                            return;
+                            crate::fault::fatal(&format!("listening at {address} has ended"), &error);
                         }
                     }
                 }

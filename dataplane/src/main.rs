@@ -10,10 +10,12 @@ use anyhow::Context;
 use clap::Parser;
 use holdfast_dataplane::config::Config;
 use holdfast_dataplane::engine::{Engine, KernelFile, Settings};
+use holdfast_dataplane::fault;
 use holdfast_dataplane::link::{self, LinkPort};
 use holdfast_dataplane::listeners::Listeners;
 use holdfast_shared::wire::data;
 use holdfast_shared::wire::service::ServiceBlob;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -44,6 +46,8 @@ fn main() -> anyhow::Result<()> {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    fault::end_on_panic();
+    raise_descriptor_limit();
     // Before any thread is there: all of them inherit it.
     let mut signals = signals()?;
     let config = Config::load(&Arguments::parse().config)?;
@@ -82,6 +86,14 @@ fn main() -> anyhow::Result<()> {
         tracing::error!("the link's thread had panicked");
     }
     Ok(())
+}
+
+/// Each channel and each binding holds a descriptor; the usual soft limit of 1024 is for programs that use select.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// Becomes readable when the process is asked to end.

@@ -326,7 +326,7 @@ fn a_stop_tells_the_clients_and_releases_the_bindings() {
     bound.0.expect_end(Status::Unavailable);
     waiting.expect_end(Status::Unavailable);
     assert!(rig.control.all_released());
-    assert!(rig.engine.setup().is_none(), "nobody is taken any more");
+    assert!(rig.engine.setup(common::anyone()).is_none(), "nobody is taken any more");
 }
 
 #[test]

@@ -226,6 +226,49 @@ fn a_flush_is_answered_when_the_storage_has_it() {
 }
 
 #[test]
+fn after_a_failed_flush_no_flush_of_the_open_succeeds() {
+    let (rig, gate) = gated();
+    let (mut client, binding, open) = rig.bound(b"");
+    let other = client.bind(&open).unwrap();
+    let (mut elsewhere, unharmed, _) = rig.bound(b"");
+    gate.fail.store(5, Ordering::SeqCst);
+    assert_eq!(client.flush(binding), Status::Io);
+    // The kernel tells of a failed write-back once.
+    gate.fail.store(0, Ordering::SeqCst);
+    assert_eq!(client.flush(binding), Status::Io);
+    assert_eq!(client.flush(other), Status::Io, "another binding of the open");
+    assert_eq!(elsewhere.bind(&open).map(|late| elsewhere.flush(late)), Ok(Status::Io), "a later one");
+    assert_eq!(elsewhere.flush(unharmed), Status::Ok, "another open");
+}
+
+#[test]
+fn a_job_that_found_the_queue_full_is_not_forgotten() {
+    let gate = Arc::new(Gate::default());
+    let inner = Arc::clone(&gate);
+    let opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
+        Arc::new(Gated { file: KernelFile::new(fd), gate: Arc::clone(&inner) })
+    });
+    let change = |s: &mut holdfast_dataplane::engine::Settings| {
+        s.engine.workers = 2;
+        s.engine.storage_threads = 1;
+        s.engine.storage_queue = 1;
+    };
+    let rig = Rig::with_files(change, opener);
+    // Channels go to the workers in turn.
+    let ((mut first, a, _), (mut second, b, _)) = (rig.bound(b""), rig.bound(b""));
+    gate.set(true);
+    let flushes = [first.send_flush(a), first.send_flush(a)];
+    rig.wait_gauge("storage_queue", 2);
+    let late = second.send_flush(b);
+    rig.wait_gauge("storage_queue", 3);
+    gate.set(false);
+    assert_eq!(second.answer(late).0, Status::Ok, "nothing else wakes its worker");
+    for flush in flushes {
+        assert_eq!(first.answer(flush).0, Status::Ok);
+    }
+}
+
+#[test]
 fn failures_of_storage_are_told_with_what_was_done() {
     let (rig, gate) = gated();
     let content = pattern(100_000, 4);

@@ -6,6 +6,7 @@ mod common;
 use common::{Client, Msg, eventually};
 use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, MacPolicy, Secret};
 use holdfast_shared::types::{Access, HandleId, LINK_PACKET_BYTES_MAX, OpenId, Status, VolumeId};
+use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{
     Fence, Grant, LinkBinding, RedeemResult, Redeemed, Registered, ToControl, ToDataplane, VERSION,
 };
@@ -16,6 +17,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType,
 };
+use rustix::process::{Resource, Rlimit, getrlimit};
 use std::io::{BufRead, BufReader, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -272,6 +274,93 @@ fn the_process_serves_outlives_control_and_stops_cleanly() {
     client.expect_end(Status::Unavailable);
     assert!(process.child.wait().unwrap().success());
     assert!(begun.elapsed() < Duration::from_secs(3));
+}
+
+/// Whether a data plane may live, as control finds out.
+fn lock_is_free(directory: &Path) -> bool {
+    let file = std::fs::File::open(directory.join("dataplane.lock")).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok()
+}
+
+#[test]
+fn a_registration_says_that_no_earlier_binding_is_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = Control::listen(&directory.path().join("link.sock"));
+    let mut process = Process::start(directory.path(), &format!("{CONFIG}fence_ms = 800\n"));
+    let (link, _) = control.register();
+    let ready = process.line();
+    assert!(!lock_is_free(directory.path()), "the process holds its lock");
+    let open = an_open(&common::pattern(4 << 20, 1));
+    let mut client = connect(&ready);
+    let binding = bind(&mut client, &link, &open, 1);
+    // Reads whose bytes the client does not take: their Places are under way until the server gives up.
+    for _ in 0..32 {
+        client.send_io(Opcode::Read, binding, 0, 4 << 20, client.descriptor());
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    drop(link);
+    // Control lives and listens: the data plane is at once back, but has first to let go of the binding.
+    let link = control.accept();
+    let begun = Instant::now();
+    let ToControl::Register(_) = receive(&link) else { panic!("no registration") };
+    assert!(begun.elapsed() >= Duration::from_millis(500), "registered with a binding under way");
+    send(&link, &ToDataplane::Registered(Registered { status: Status::Ok }), None);
+    assert_eq!(gauge(&link, "bindings"), 0);
+    // A slow one keeps its lock, a dead one does not.
+    assert!(!lock_is_free(directory.path()));
+    process.child.kill().unwrap();
+    process.child.wait().unwrap();
+    assert!(lock_is_free(directory.path()));
+}
+
+#[test]
+fn without_room_for_a_descriptor_only_that_bind_fails() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = Control::listen(&directory.path().join("link.sock"));
+    let mut process = Process::start(directory.path(), CONFIG);
+    let (link, _) = control.register();
+    let ready = process.line();
+    let open = an_open(b"abc");
+    let mut client = connect(&ready);
+    let binding = bind(&mut client, &link, &open, 1);
+    let pid = rustix::process::Pid::from_child(&process.child);
+    let limit = |current: Option<u64>| {
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        let wanted = Rlimit { current: current.or(maximum), maximum };
+        rustix::process::prlimit(Some(pid), Resource::Nofile, wanted).unwrap()
+    };
+    let before = limit(Some(3));
+    assert_eq!(before.current, before.maximum, "it raises its limit itself");
+    let refused = std::thread::scope(|scope| {
+        scope.spawn(|| redeem(&link, &open, 2));
+        client.bind(&open)
+    });
+    assert_eq!(refused, Err(Status::TooMany));
+    assert_eq!(receive(&link), ToControl::Released(LinkBinding(2)), "on the same link");
+    assert_eq!(client.read(binding, 0, 3), (Status::Ok, b"abc".to_vec()), "others are served");
+    limit(None);
+    let again = bind(&mut client, &link, &open, 3);
+    assert_eq!(client.read(again, 0, 3), (Status::Ok, b"abc".to_vec()));
+}
+
+/// Not a test: what the next one runs in a process of its own.
+#[test]
+#[ignore = "panics on purpose, for the test below"]
+fn child_that_loses_a_thread() {
+    holdfast_dataplane::fault::end_on_panic();
+    let _ = std::thread::spawn(|| panic!("on purpose")).join();
+    std::thread::sleep(Duration::from_secs(20));
+}
+
+#[test]
+fn a_process_that_loses_a_thread_ends() {
+    let begun = Instant::now();
+    let out = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_that_loses_a_thread", "--ignored", "--nocapture"])
+        .output()
+        .unwrap();
+    assert_eq!(out.status.code(), Some(holdfast_dataplane::fault::EXIT_CODE), "{out:?}");
+    assert!(begun.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

@@ -227,8 +227,10 @@ fn half_open_channels_are_bounded_and_timed_out() {
         s.limits.bind_deadline_ms = 200;
     });
     let begun = Instant::now();
-    let mut waiting: Vec<Client> = (0..3).map(|_| rig.client()).collect();
-    assert!(rig.engine.setup().is_none(), "the fourth is turned away");
+    let mut waiting: Vec<Client> = (0..4).map(|_| rig.client()).collect();
+    let mut oldest = waiting.remove(0);
+    assert_eq!(oldest.next(), None, "it gave its place to the fourth");
+    assert!(begun.elapsed() < Duration::from_millis(150));
     for client in &mut waiting {
         client.expect_end(Status::TimedOut);
     }

@@ -52,8 +52,9 @@ fn ten_thousand_requests_allocate_nothing() {
         let address = listener.address();
         let parts = Client::parts();
         let engine = std::sync::Arc::clone(&rig.engine);
-        let accepting =
-            std::thread::spawn(move || engine.adopt(listener.accept(&mut |_| engine.setup()).unwrap()));
+        let accepting = std::thread::spawn(move || {
+            engine.adopt(listener.accept(&mut |peer| engine.setup(peer)).unwrap())
+        });
         let channel = tcp::connect(address, Duration::from_secs(5), parts.setup()).unwrap();
         accepting.join().unwrap();
         let mut client = Client::new(Box::new(channel), parts);

@@ -18,7 +18,7 @@ fn client(rig: &Rig, listener: &mut verbs::VerbsListener, address: SocketAddr) -
     let setup = parts.setup();
     let connecting =
         std::thread::spawn(move || verbs::connect(address, Duration::from_secs(5), setup).unwrap());
-    rig.engine.adopt(listener.accept(&mut |_| rig.engine.setup()).unwrap());
+    rig.engine.adopt(listener.accept(&mut |peer| rig.engine.setup(peer)).unwrap());
     let mut client = Client::new(Box::new(connecting.join().unwrap()), parts);
     client.hello();
     client

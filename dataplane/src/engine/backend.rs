@@ -11,7 +11,9 @@
 //! A job owns its buffer and keeps the file open: a descriptor is closed only when no job of it is under way.
 
 use super::inbox::Inbox;
+use super::latch::Latch;
 use crate::gauges::Gauges;
+use crate::limiter::Limiter;
 use crossbeam::queue::ArrayQueue;
 use holdfast_shared::types::Status;
 use holdfast_verbs::memory::{Buffer, Nowait, pread_nowait, pwrite_nowait};
@@ -71,7 +73,7 @@ pub struct KernelFile {
 impl KernelFile {
     /// Takes the descriptor over.
     pub fn new(fd: OwnedFd) -> Self {
-        let in_memory = rustix::fs::fstatfs(&fd).is_ok_and(|fs| IN_MEMORY.contains(&(fs.f_type as i64)));
+        let in_memory = rustix::fs::fstatfs(&fd).is_ok_and(|fs| IN_MEMORY.contains(&fs.f_type));
         Self { fd, in_memory, read_now: AtomicBool::new(true), write_now: AtomicBool::new(true) }
     }
 
@@ -118,12 +120,9 @@ impl FileIo for KernelFile {
     }
 
     fn sync(&self, data_only: bool) -> io::Result<()> {
-        if data_only {
-            rustix::fs::fdatasync(&self.fd)?
-        } else {
-            rustix::fs::fsync(&self.fd)?
-        }
-        Ok(())
+        Ok(rustix::io::retry_on_intr(|| {
+            if data_only { rustix::fs::fdatasync(&self.fd) } else { rustix::fs::fsync(&self.fd) }
+        })?)
     }
 }
 
@@ -203,6 +202,8 @@ pub(crate) struct Job {
     pub(crate) tag: Tag,
     pub(crate) work: Work,
     pub(crate) file: Arc<dyn FileIo>,
+    /// For a flush.
+    pub(crate) latch: Option<Arc<Latch>>,
     pub(crate) buffer: Option<Buffer>,
     /// The piece's bytes within the buffer.
     pub(crate) range: std::ops::Range<usize>,
@@ -225,7 +226,13 @@ fn run(mut job: Job) -> Done {
     let mut done = job.done;
     let mut failed = None;
     match (job.work, job.buffer.as_mut()) {
-        (Work::Flush { data_only }, _) => failed = job.file.sync(data_only).err(),
+        (Work::Flush { data_only }, _) => {
+            failed = match &job.latch {
+                Some(latch) => latch.sync(&*job.file, data_only),
+                None => job.file.sync(data_only),
+            }
+            .err();
+        }
         (work, Some(buffer)) => {
             let piece = &mut buffer[job.range.clone()];
             while done < length {
@@ -253,8 +260,9 @@ fn run(mut job: Job) -> Done {
         None => Progress::Complete(done),
         Some(error) => {
             let status = status_of(&error);
-            if matches!(status, Status::Io) {
-                tracing::warn!(%error, "storage failed");
+            static LOGGED: Limiter = Limiter::new();
+            if let (Status::Io, Some(suppressed)) = (status, LOGGED.pass()) {
+                tracing::warn!(%error, suppressed, "storage failed");
             }
             Progress::Failed(done, status)
         }
@@ -277,13 +285,16 @@ pub(crate) struct Storage {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Jobs that may wait in the shared queue; what comes on top waits at its worker.
-const QUEUE_LENGTH: usize = 4096;
-
 impl Storage {
-    pub(crate) fn start(threads: usize, inboxes: Vec<Arc<Inbox>>, gauges: Arc<Gauges>) -> io::Result<Self> {
+    /// `length` jobs may wait in the shared queue; what comes on top waits at its worker.
+    pub(crate) fn start(
+        threads: usize,
+        length: usize,
+        inboxes: Vec<Arc<Inbox>>,
+        gauges: Arc<Gauges>,
+    ) -> io::Result<Self> {
         let queue = Arc::new(Queue {
-            jobs: ArrayQueue::new(QUEUE_LENGTH),
+            jobs: ArrayQueue::new(length.max(1)),
             ready: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE)?,
             stop: AtomicBool::new(false),
             inboxes,
@@ -300,7 +311,10 @@ impl Storage {
     }
 
     pub(crate) fn sender(&self) -> StorageSender {
-        StorageSender { queue: Arc::clone(&self.queue), waiting: VecDeque::with_capacity(QUEUE_LENGTH) }
+        StorageSender {
+            queue: Arc::clone(&self.queue),
+            waiting: VecDeque::with_capacity(self.queue.jobs.capacity()),
+        }
     }
 
     /// Lets the threads finish what is queued and ends them.
@@ -353,6 +367,11 @@ impl StorageSender {
         self.queue.gauges.storage_handovers_total.add(1);
         self.waiting.push_back(job);
         self.push();
+    }
+
+    /// True if jobs found the queue full.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// Moves jobs that found the queue full.

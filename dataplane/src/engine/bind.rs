@@ -112,26 +112,33 @@ impl Conn {
                 self.refuse_bind(cx, pending.request, status);
             }
             redemption => {
-                tracing::error!("control granted a bind without a descriptor");
+                // The kernel drops a descriptor for which the process has no room.
                 redemption.abandon(cx);
-                self.refuse_bind(cx, pending.request, Status::Internal);
+                self.refuse_bind(cx, pending.request, Status::TooMany);
             }
         }
     }
 
     fn granted(&mut self, cx: &mut Cx, request: u32, registration: u64, grant: &Grant, fd: OwnedFd) {
-        let vacancy = self.bindings.vacancy(usize::from(cx.settings.limits.bindings_max));
-        let Some((slot, number)) = vacancy else {
+        let max = usize::from(cx.settings.limits.bindings_max);
+        let (requests, rare) = (&self.requests, &self.rare);
+        let vacancy = self.bindings.vacancy(max, |name| {
+            requests.iter().flatten().any(|request| request.binding == Some(name))
+                || rare.iter().any(|rare| matches!(rare, Rare::Notice { binding, .. } if *binding == name))
+        });
+        let Some(name) = vacancy else {
             drop(fd);
             cx.registry.remove(registration, grant.binding);
             cx.port.released(registration, grant.binding);
             return self.refuse_bind(cx, request, Status::TooMany);
         };
-        self.bindings.put(slot, Binding::new(number, registration, grant, (cx.opener)(fd)));
+        let latch = cx.latches.of(grant.open);
+        self.bindings.put(Binding::new(name, registration, grant, (cx.opener)(fd), latch));
         cx.gauges.bindings.add(1);
         if !self.ever_bound {
             self.ever_bound = true;
             cx.gauges.half_open_channels.sub(1);
+            cx.door.leave(self.door);
             let credits = self.grow_buffers(cx, cx.settings.engine.credits.max(self.credits));
             self.grow_slots(credits);
             self.credits = credits;
@@ -139,9 +146,9 @@ impl Conn {
         self.bind_by = None;
         self.failed_binds = 0;
         self.fresh_nonce(cx);
-        tracing::debug!(peer = %self.peer, open = %grant.open, number, access = ?grant.access, "bound");
+        tracing::debug!(peer = %self.peer, open = %grant.open, number = name.0, access = ?grant.access, "bound");
         let answer = BindAnswered::Granted {
-            number,
+            number: name.0,
             handle: grant.handle,
             epoch: grant.epoch,
             access: grant.access,

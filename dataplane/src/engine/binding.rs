@@ -10,11 +10,23 @@
 //! A binding's number in frames is `generation << 8 | slot`, generations from 1 up: never 0, never used twice on a channel.
 
 use super::backend::FileIo;
+use super::latch::Latch;
 use holdfast_shared::auth::{FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, OpenId, Status};
 use holdfast_shared::wire::link::{Fence, Grant, LinkBinding};
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Names a binding of a channel, by its number in frames. A slot's next binding has another number, so what was said of
+/// the old one never reaches the new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BindingRef(pub(crate) u32);
+
+impl BindingRef {
+    fn slot(self) -> usize {
+        (self.0 & 0xff) as usize
+    }
+}
 
 /// Why a binding drains, and who is told when it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +71,8 @@ pub(crate) struct Binding {
     pub(crate) state: State,
     /// `None` once gone.
     pub(crate) file: Option<Arc<dyn FileIo>>,
+    /// Of the open: whether a flush has failed.
+    pub(crate) latch: Arc<Latch>,
     /// Places and fetches in flight.
     pub(crate) transport_ops: u32,
     /// Jobs at storage threads.
@@ -66,10 +80,16 @@ pub(crate) struct Binding {
 }
 
 impl Binding {
-    pub(crate) fn new(number: u32, registration: u64, grant: &Grant, file: Arc<dyn FileIo>) -> Self {
+    pub(crate) fn new(
+        name: BindingRef,
+        registration: u64,
+        grant: &Grant,
+        file: Arc<dyn FileIo>,
+        latch: Arc<Latch>,
+    ) -> Self {
         let (keys, policy) = (&grant.keys, grant.policy);
         Self {
-            number,
+            number: name.0,
             link: grant.binding,
             registration,
             open: grant.open,
@@ -82,9 +102,14 @@ impl Binding {
             payload_out: PayloadKey::new(&keys.to_client, policy),
             state: State::Active,
             file: Some(file),
+            latch,
             transport_ops: 0,
             storage_ops: 0,
         }
+    }
+
+    pub(crate) fn name(&self) -> BindingRef {
+        BindingRef(self.number)
     }
 
     /// `Ok` while requests are served; else what they are answered.
@@ -118,39 +143,47 @@ impl Bindings {
         Self { slots: Vec::new(), generation: 0 }
     }
 
-    /// The slot a new binding would get, and its number; `None` if all are in use.
-    pub(crate) fn vacancy(&mut self, max: usize) -> Option<(u8, u32)> {
+    /// What a new binding will be called; `None` if all slots are in use. `named` says whether a request or a notice still
+    /// speaks of a binding: that one keeps its slot, so that they are answered with its key. Who is answered slowly
+    /// thus uses more slots than it has live bindings, at most one for each request in flight.
+    pub(crate) fn vacancy(&mut self, max: usize, named: impl Fn(BindingRef) -> bool) -> Option<BindingRef> {
         let free = self.slots.iter().position(Option::is_none);
         let slot = free.or_else(|| (self.slots.len() < max).then_some(self.slots.len())).or_else(|| {
             // All slots were used: the binding that went first gives way. Its number is never used again.
             let gone = self.slots.iter().enumerate().filter_map(|(n, b)| Some((n, b.as_ref()?)));
-            gone.filter(|(_, b)| b.is_gone() && b.is_idle())
+            gone.filter(|(_, b)| b.is_gone() && b.is_idle() && !named(b.name()))
                 .min_by_key(|(_, b)| b.number >> 8)
                 .map(|(n, _)| n)
-        })?;
+        });
+        let slot = slot.or_else(|| (self.live() < max).then_some(self.slots.len()))?;
         let slot = u8::try_from(slot).ok()?;
         // After 16 million binds a channel takes no more; the client opens another.
         let generation = self.generation.checked_add(1).filter(|g| *g < 1 << 24)?;
         self.generation = generation;
-        Some((slot, generation << 8 | u32::from(slot)))
+        Some(BindingRef(generation << 8 | u32::from(slot)))
     }
 
     /// Puts a binding where [`Bindings::vacancy`] said.
-    pub(crate) fn put(&mut self, slot: u8, binding: Binding) {
-        let slot = usize::from(slot);
+    pub(crate) fn put(&mut self, binding: Binding) {
+        let slot = binding.name().slot();
         if slot == self.slots.len() {
             self.slots.push(None);
         }
-        self.slots[slot] = Some(binding);
+        if let Some(place) = self.slots.get_mut(slot) {
+            *place = Some(binding);
+        }
     }
 
-    /// By the number in a frame.
-    pub(crate) fn by_number(&self, number: u32) -> Option<(u8, &Binding)> {
-        let slot = (number & 0xff) as u8;
-        let binding = self.slots.get(usize::from(slot))?.as_ref()?;
-        (binding.number == number).then_some((slot, binding))
+    /// By name; `None` once another has its slot.
+    pub(crate) fn get(&self, name: BindingRef) -> Option<&Binding> {
+        self.slots.get(name.slot())?.as_ref().filter(|binding| binding.number == name.0)
     }
 
+    pub(crate) fn get_mut(&mut self, name: BindingRef) -> Option<&mut Binding> {
+        self.slots.get_mut(name.slot())?.as_mut().filter(|binding| binding.number == name.0)
+    }
+
+    /// By slot, to go through all.
     pub(crate) fn at(&self, slot: u8) -> Option<&Binding> {
         self.slots.get(usize::from(slot))?.as_ref()
     }
@@ -159,13 +192,64 @@ impl Bindings {
         self.slots.get_mut(usize::from(slot))?.as_mut()
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (u8, &Binding)> {
-        let all = self.slots.iter().enumerate();
-        all.filter_map(|(n, binding)| Some((u8::try_from(n).ok()?, binding.as_ref()?)))
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Binding> {
+        self.slots.iter().flatten()
     }
 
     /// How many are not gone.
     pub(crate) fn live(&self) -> usize {
-        self.iter().filter(|(_, binding)| !binding.is_gone()).count()
+        self.iter().filter(|binding| !binding.is_gone()).count()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::KernelFile;
+    use super::*;
+    use holdfast_shared::auth::{BindAnswer, BindSecret, Secret};
+    use holdfast_shared::types::HandleId;
+
+    fn binding(name: BindingRef) -> Binding {
+        let (access, policy) = (Access::ALL, MacPolicy::Header);
+        let answer = BindAnswer { handle: HandleId([1; 16]), epoch: 1, access, policy }.digest(&[0; 32]);
+        let grant = Grant {
+            binding: LinkBinding(1),
+            open: OpenId([1; 16]),
+            handle: HandleId([1; 16]),
+            epoch: 1,
+            access,
+            policy,
+            proof: [0; 32],
+            keys: BindSecret::new(Secret::new([1; 32])).channel_keys(&answer),
+        };
+        let fd = rustix::fs::memfd_create("binding", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        Binding::new(name, 1, &grant, Arc::new(KernelFile::new(fd)), Arc::default())
+    }
+
+    #[test]
+    fn a_name_never_means_another_binding() {
+        let mut bindings = Bindings::new();
+        let first = bindings.vacancy(1, |_| false).unwrap();
+        bindings.put(binding(first));
+        assert!(bindings.vacancy(1, |_| false).is_none(), "it is in use");
+        bindings.get_mut(first).unwrap().state = State::Gone(Status::Closed);
+        let second = bindings.vacancy(1, |_| false).unwrap();
+        assert_eq!(first.slot(), second.slot());
+        bindings.put(binding(second));
+        assert!(bindings.get(first).is_none() && bindings.get_mut(first).is_none());
+        assert!(bindings.get(second).is_some());
+    }
+
+    #[test]
+    fn what_is_still_spoken_of_keeps_its_slot() {
+        let mut bindings = Bindings::new();
+        let first = bindings.vacancy(1, |_| false).unwrap();
+        bindings.put(binding(first));
+        bindings.get_mut(first).unwrap().state = State::Gone(Status::Closed);
+        let second = bindings.vacancy(1, |name| name == first).unwrap();
+        bindings.put(binding(second));
+        assert!(bindings.get(first).is_some() && bindings.get(second).is_some());
+        assert!(bindings.vacancy(1, |name| name == first).is_none(), "one may live, and does");
     }
 }

@@ -13,11 +13,15 @@
 
 use super::backend::{Opener, StorageSender};
 use super::bind::PendingBind;
-use super::binding::Bindings;
+use super::binding::{BindingRef, Bindings};
+use super::door::Door;
+use super::latch::Latches;
+use super::ready::Ready;
 use super::reply::Rare;
 use super::request::{Request, Step};
 use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, Registry, SPARE, Settings};
 use crate::gauges::Gauges;
+use crate::limiter::Limiter;
 use holdfast_shared::types::Status;
 use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError};
 use holdfast_verbs::memory::{Buffer, Pool};
@@ -36,6 +40,8 @@ pub(crate) struct Cx {
     pub(crate) storage: StorageSender,
     pub(crate) port: Arc<dyn ControlPort>,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) latches: Arc<Latches>,
+    pub(crate) door: Arc<Door>,
     pub(crate) opener: Opener,
     pub(crate) gauges: Arc<Gauges>,
     /// The time at the beginning of this round.
@@ -55,9 +61,9 @@ pub(crate) enum Token {
     Send,
     /// The notice that ends the channel.
     End,
-    /// Of a binding, by its slot.
+    /// Of a binding.
     Place {
-        slot: u8,
+        binding: BindingRef,
     },
     /// Of a request, by its slot; where the piece begins.
     Fetch {
@@ -72,21 +78,10 @@ impl Token {
             Self::Receive => 0,
             Self::Send => 1,
             Self::End => 2,
-            Self::Place { slot } => u64::from(slot),
+            Self::Place { binding } => u64::from(binding.0),
             Self::Fetch { slot, piece } => u64::from(slot) << 32 | u64::from(piece),
         }
     }
-}
-
-/// What a turn came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Turn {
-    /// There is more to do.
-    More,
-    /// Nothing to do, or it waits for something of its own.
-    Idle,
-    /// It waits for a buffer.
-    Starved,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +91,11 @@ pub(crate) enum Phase {
     Closed,
 }
 
+/// Message buffers a channel begins with, both directions.
+const FIRST_BUFFERS: usize = 2 * (CREDITS_UNBOUND as usize + SPARE);
+/// A channel takes at most one part in so many of the spare message buffers.
+const SHARE: usize = 16;
+
 /// Steps and bytes of one turn: enough to fill a doorbell, too few to make others wait.
 const STEPS_PER_TURN: usize = 16;
 const BYTES_PER_TURN: usize = 512 << 10;
@@ -104,6 +104,8 @@ pub(crate) struct Conn {
     pub(crate) key: ConnKey,
     pub(super) transport: Box<dyn Channel>,
     pub(super) peer: SocketAddr,
+    /// Its id at the door, until it is bound.
+    pub(crate) door: u64,
     pub(super) phase: Phase,
     pub(super) recv_sequence: u64,
     pub(super) send_sequence: u64,
@@ -118,8 +120,7 @@ pub(crate) struct Conn {
     pub(super) draining: usize,
     pub(super) requests: Vec<Option<Request>>,
     pub(super) free_slots: Vec<u16>,
-    /// Requests with something to do, oldest first.
-    pub(super) ready: VecDeque<u16>,
+    pub(super) ready: Ready,
     pub(super) rare: VecDeque<Rare>,
     pub(super) send_buffers: Vec<Buffer>,
     pub(super) receives: usize,
@@ -138,15 +139,12 @@ pub(crate) struct Conn {
     // For the worker's lists.
     pub(crate) hot: bool,
     pub(crate) listed: bool,
-    pub(crate) starved: bool,
-    /// A request came back from storage or the transport: it may need no buffer even if the others starve.
-    pub(super) urgent: bool,
     /// A bulk buffer came back: others may have waited for it.
     pub(crate) freed: bool,
 }
 
 impl Conn {
-    pub(crate) fn new(cx: &mut Cx, key: ConnKey, transport: Box<dyn Channel>) -> Self {
+    pub(crate) fn new(cx: &mut Cx, key: ConnKey, transport: Box<dyn Channel>, door: u64) -> Self {
         let credits = usize::from(cx.settings.engine.credits);
         let capabilities = transport.capabilities();
         let peer = transport.peer();
@@ -154,6 +152,7 @@ impl Conn {
             key,
             transport,
             peer,
+            door,
             phase: Phase::Open,
             recv_sequence: 0,
             send_sequence: 0,
@@ -168,7 +167,7 @@ impl Conn {
             draining: 0,
             requests: Vec::new(),
             free_slots: Vec::new(),
-            ready: VecDeque::new(),
+            ready: Ready::default(),
             rare: VecDeque::with_capacity(4),
             send_buffers: Vec::new(),
             receives: usize::from(CREDITS_UNBOUND) + SPARE,
@@ -182,8 +181,6 @@ impl Conn {
             unpolled: true,
             hot: false,
             listed: false,
-            starved: false,
-            urgent: false,
             freed: false,
         };
         conn.grow_slots(CREDITS_UNBOUND);
@@ -208,11 +205,18 @@ impl Conn {
         for slot in (have..want).rev() {
             self.free_slots.push(u16::try_from(slot).unwrap_or(u16::MAX));
         }
-        self.ready.reserve(want);
+        self.ready.reserve(want.max(have));
     }
 
-    /// Takes the message buffers that go with more credits; returns how many credits they are enough for.
+    /// Takes the message buffers that go with more credits; returns how many credits they are enough for. What channels
+    /// that may still come need to begin with is left alone, and of the rest no channel takes more than a share.
     pub(super) fn grow_buffers(&mut self, cx: &mut Cx, credits: u16) -> u16 {
+        let limits = &cx.settings.limits;
+        let channels = usize::try_from(cx.gauges.channels.read()).unwrap_or(usize::MAX);
+        let kept = limits.channels_max.saturating_sub(channels) * FIRST_BUFFERS;
+        let spare = cx.messages.available().saturating_sub(kept);
+        let more = u16::try_from(spare / SHARE / 2).unwrap_or(u16::MAX);
+        let credits = credits.min(self.credits.saturating_add(more));
         let mut granted = self.credits;
         while granted < credits {
             let (Some(send), Some(receive)) = (cx.messages.take(), cx.messages.take()) else { break };
@@ -233,7 +237,10 @@ impl Conn {
         let busy = self.transport.poll(done) > 0;
         if busy {
             self.blocked = false;
-            self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+            // A peer that only talks is no progress of what is under way to it.
+            if done.iter().any(|completion| completion.kind != Kind::Recv) {
+                self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+            }
         }
         for completion in done.drain(..) {
             self.complete(cx, completion);
@@ -275,8 +282,8 @@ impl Conn {
             }
             Kind::Place => {
                 self.give(buffer);
-                let slot = (token & 0xff) as u8;
-                if let Some(binding) = self.bindings.at_mut(slot) {
+                let name = BindingRef((token & 0xffff_ffff) as u32);
+                if let Some(binding) = self.bindings.get_mut(name) {
                     binding.transport_ops = binding.transport_ops.saturating_sub(1);
                 }
                 self.check_remote(cx, outcome.err());
@@ -294,7 +301,10 @@ impl Conn {
     fn check_remote(&mut self, cx: &mut Cx, error: Option<OperationError>) {
         if error == Some(OperationError::RemoteAccess) && self.phase == Phase::Open {
             cx.gauges.refused_total.add(1);
-            tracing::warn!(peer = %self.peer, "channel ended: a region descriptor does not allow the access");
+            static LOGGED: Limiter = Limiter::new();
+            if let Some(suppressed) = LOGGED.pass() {
+                tracing::warn!(peer = %self.peer, suppressed, "channel ended: a region descriptor does not allow the access");
+            }
             self.close(cx);
         }
     }
@@ -363,47 +373,41 @@ impl Conn {
         self.freed = true;
     }
 
-    /// Does some of what there is to do.
-    pub(crate) fn turn(&mut self, cx: &mut Cx) -> Turn {
-        self.urgent = false;
+    /// Does some of what there is to do. If it lacks a buffer then, it is [starved](Ready::is_starved).
+    pub(crate) fn turn(&mut self, cx: &mut Cx) {
         while let Some(rare) = self.rare.pop_front() {
             if !self.send_rare(cx, &rare) {
                 self.rare.push_front(rare);
                 self.blocked = true;
-                return Turn::Idle;
+                return;
             }
         }
         if self.phase != Phase::Open {
-            return Turn::Idle;
+            return;
         }
         let mut bytes = 0;
         for _ in 0..STEPS_PER_TURN {
-            let Some(slot) = self.ready.pop_front() else { return Turn::Idle };
+            let Some(slot) = self.ready.next() else { return };
             match self.step(cx, slot, &mut bytes) {
                 Step::Next => {}
-                Step::Again => self.ready.push_front(slot),
+                Step::Again => self.ready.again(slot),
                 Step::NoRoom => {
-                    self.ready.push_front(slot);
+                    self.ready.again(slot);
                     self.blocked = true;
-                    return Turn::Idle;
+                    return;
                 }
-                Step::NoBuffer => {
-                    self.ready.push_front(slot);
-                    return Turn::Starved;
-                }
+                Step::NoBuffer => self.ready.hunger(slot),
             }
             if self.phase != Phase::Open || bytes >= BYTES_PER_TURN {
                 break;
             }
         }
-        if self.wants_turn() { Turn::More } else { Turn::Idle }
     }
 
     pub(crate) fn wants_turn(&self) -> bool {
         !self.blocked
             && match self.phase {
-                Phase::Open if self.starved => self.urgent || !self.rare.is_empty(),
-                Phase::Open => !self.ready.is_empty() || !self.rare.is_empty(),
+                Phase::Open => self.ready.has_next() || !self.rare.is_empty(),
                 Phase::Ending { .. } => !self.rare.is_empty(),
                 Phase::Closed => false,
             }

@@ -6,8 +6,11 @@
 
 use super::channel::{Conn, Cx, Phase};
 use super::reply::Rare;
+use crate::limiter::Limiter;
 use holdfast_shared::types::Status;
 use std::time::Instant;
+
+static LOGGED: Limiter = Limiter::new();
 
 impl Conn {
     /// Ends the channel for a reason the peer is told, once.
@@ -19,7 +22,12 @@ impl Conn {
             tracing::debug!(peer = %self.peer, why, "channel ends");
         } else {
             cx.gauges.refused_total.add(1);
-            tracing::warn!(peer = %self.peer, status = ?reason, why, "channel ends");
+            if !self.ever_bound {
+                // Strangers may come as often as they like: they are counted.
+                tracing::debug!(peer = %self.peer, status = ?reason, why, "channel ends");
+            } else if let Some(suppressed) = LOGGED.pass() {
+                tracing::warn!(peer = %self.peer, status = ?reason, why, suppressed, "channel ends");
+            }
         }
         self.phase = Phase::Ending { by: cx.after(cx.settings.limits.linger_ms) };
         self.bind_by = None;
@@ -33,8 +41,19 @@ impl Conn {
     pub(crate) fn abort(&mut self, cx: &mut Cx, why: &'static str) {
         if self.phase != Phase::Closed {
             cx.gauges.refused_total.add(1);
-            tracing::warn!(peer = %self.peer, why, "channel cut off");
+            if !self.ever_bound {
+                tracing::debug!(peer = %self.peer, why, "channel cut off");
+            } else if let Some(suppressed) = LOGGED.pass() {
+                tracing::warn!(peer = %self.peer, why, suppressed, "channel cut off");
+            }
             self.close(cx);
+        }
+    }
+
+    /// Another peer needs its place, and it has not been bound.
+    pub(crate) fn evict(&mut self, cx: &mut Cx) {
+        if !self.ever_bound {
+            self.abort(cx, "its place is needed");
         }
     }
 
@@ -59,7 +78,9 @@ impl Conn {
             Phase::Closed => None,
         };
         let stuck = if self.phase == Phase::Closed { None } else { self.stuck_by };
-        let drain = if self.draining > 0 { self.drain_deadline() } else { None };
+        // Once closed nothing is left to be done about a drain: its operations come back flushed.
+        let drains = self.draining > 0 && self.phase != Phase::Closed;
+        let drain = if drains { self.drain_deadline() } else { None };
         [ending, stuck, drain].into_iter().flatten().min()
     }
 
@@ -96,6 +117,7 @@ impl Conn {
         cx.gauges.requests_in_flight.sub(in_flight as u64);
         if !self.ever_bound {
             cx.gauges.half_open_channels.sub(1);
+            cx.door.leave(self.door);
         }
         cx.gauges.channels.sub(1);
     }

@@ -7,7 +7,7 @@
 //!              descriptor closed ─► Notice or Reply to the client, Fenced or Released to control ─► Gone
 //! ```
 
-use super::binding::{Binding, Drain, State};
+use super::binding::{Binding, BindingRef, Drain, State};
 use super::channel::{Conn, Cx, Phase};
 use super::reply::Rare;
 use holdfast_shared::types::Status;
@@ -17,7 +17,7 @@ use std::time::Instant;
 impl Conn {
     /// True if control knows this binding here.
     pub(crate) fn has_binding(&self, registration: u64, link: LinkBinding) -> bool {
-        self.bindings.iter().any(|(_, b)| b.link == link && b.registration == registration && !b.is_gone())
+        self.bindings.iter().any(|b| b.link == link && b.registration == registration && !b.is_gone())
     }
 
     /// Control wants a binding fenced.
@@ -25,12 +25,13 @@ impl Conn {
         let found = self
             .bindings
             .iter()
-            .find(|(_, b)| b.link == fence.binding && b.registration == registration && !b.is_gone());
+            .find(|b| b.link == fence.binding && b.registration == registration && !b.is_gone());
         match found {
-            Some((slot, binding)) if binding.epoch == fence.epoch => {
-                self.drain(cx, slot, Drain::Fence(fence))
+            Some(binding) if binding.epoch == fence.epoch => {
+                let name = binding.name();
+                self.drain(cx, name, Drain::Fence(fence))
             }
-            Some((_, binding)) => {
+            Some(binding) => {
                 tracing::warn!(
                     asked = fence.epoch,
                     has = binding.epoch,
@@ -46,7 +47,8 @@ impl Conn {
         for slot in 0..=u8::MAX {
             match self.bindings.at(slot) {
                 Some(binding) if binding.registration != registration && !binding.is_gone() => {
-                    self.drain(cx, slot, Drain::NewControl);
+                    let name = binding.name();
+                    self.drain(cx, name, Drain::NewControl);
                 }
                 Some(_) => {}
                 None => break,
@@ -55,9 +57,9 @@ impl Conn {
     }
 
     /// Begins to drain a binding. What is draining already takes the new reason, so that a fence is always confirmed.
-    pub(super) fn drain(&mut self, cx: &mut Cx, slot: u8, drain: Drain) {
+    pub(super) fn drain(&mut self, cx: &mut Cx, name: BindingRef, drain: Drain) {
         let by = cx.after(cx.settings.limits.fence_ms);
-        let Some(binding) = self.bindings.at_mut(slot) else { return };
+        let Some(binding) = self.bindings.get_mut(name) else { return };
         match binding.state {
             State::Gone(_) => return,
             State::Draining { drain: ref mut old, .. } => {
@@ -72,6 +74,12 @@ impl Conn {
             State::Active => {
                 binding.state = State::Draining { drain, by };
                 self.draining += 1;
+                // Those of its requests that wait for a buffer need none to be answered.
+                let requests = &self.requests;
+                self.ready.revive(|slot| {
+                    let request = requests.get(usize::from(slot)).and_then(Option::as_ref);
+                    request.is_none_or(|request| request.binding == Some(name))
+                });
             }
         }
         self.finish_drains(cx);
@@ -84,7 +92,7 @@ impl Conn {
             State::Draining { by, .. } if binding.transport_ops > 0 => Some(by),
             _ => None,
         };
-        self.bindings.iter().filter_map(|(_, binding)| by(binding)).min()
+        self.bindings.iter().filter_map(by).min()
     }
 
     /// Completes the drains of bindings of which nothing is under way any more.
@@ -95,7 +103,7 @@ impl Conn {
             if !binding.is_idle() {
                 continue;
             }
-            let (link, registration) = (binding.link, binding.registration);
+            let (name, link, registration) = (binding.name(), binding.link, binding.registration);
             binding.file = None;
             binding.state = State::Gone(drain.status());
             tracing::debug!(peer = %self.peer, open = %binding.open, ?drain, "unbound");
@@ -103,10 +111,10 @@ impl Conn {
             let open = self.phase == Phase::Open;
             match drain {
                 Drain::Fence(Fence { reason, .. }) if open => {
-                    self.rare.push_back(Rare::Notice { slot, reason })
+                    self.rare.push_back(Rare::Notice { binding: name, reason })
                 }
                 Drain::NewControl if open => {
-                    self.rare.push_back(Rare::Notice { slot, reason: Status::Fenced });
+                    self.rare.push_back(Rare::Notice { binding: name, reason: Status::Fenced });
                 }
                 Drain::Unbind { request } => self.answer_unbind(cx, request),
                 Drain::Fence(_) | Drain::NewControl => {}

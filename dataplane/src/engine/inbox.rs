@@ -18,7 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// A rare message to a worker.
 pub(crate) enum Letter {
     /// A new channel to serve.
-    Channel(Box<dyn Channel>),
+    Channel { channel: Box<dyn Channel>, id: u64 },
+    /// The channel with this id at the door gives its place to another, unless it was bound meanwhile.
+    Evict { id: u64 },
     /// Control's answer to a bind.
     Redeemed(Redemption),
     /// Control wants a binding fenced.

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `worker` | the loop: wake-ups, fairness, sleeping, deadlines |
 //! | `channel` | one channel: its operations, buffers and turns |
+//! | `door` | peers without a binding: how many, and who gives way |
 //! | `receive` | frames that come in |
 //! | `ending` | why and how a channel ends |
 //! | `bind` | hello and bind |
@@ -19,15 +20,20 @@
 //! | `reply` | frames that go out |
 //! | `fence` | draining a binding |
 //! | `backend` | file access and storage threads |
+//! | `latch` | flushes that failed, for each open |
+//! | `ready` | which requests of a channel have something to do |
 //! | `inbox` | what other threads leave for a worker |
 
 mod backend;
 mod bind;
 mod binding;
 mod channel;
+mod door;
 mod ending;
 mod fence;
 mod inbox;
+mod latch;
+mod ready;
 mod receive;
 mod reply;
 mod request;
@@ -41,17 +47,20 @@ use crate::config::{EngineConfig, Limits};
 use crate::gauges::Gauges;
 use backend::Storage;
 use crossbeam::atomic::AtomicCell;
+use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
 use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem};
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use std::collections::HashMap;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Requests a channel may have in flight before its first binding.
 pub const CREDITS_UNBOUND: u16 = 2;
@@ -103,11 +112,15 @@ pub struct Settings {
 
 /// Which worker has a binding: so that a fence finds it.
 #[derive(Default)]
-pub(crate) struct Registry(Mutex<HashMap<(u64, LinkBinding), usize>>);
+pub(crate) struct Registry(Mutex<HashMap<(u64, LinkBinding), usize>>, Condvar);
 
 impl Registry {
     pub(crate) fn remove(&self, registration: u64, binding: LinkBinding) {
-        self.0.lock().remove(&(registration, binding));
+        let mut bindings = self.0.lock();
+        bindings.remove(&(registration, binding));
+        if bindings.is_empty() {
+            self.1.notify_all();
+        }
     }
 }
 
@@ -117,6 +130,7 @@ pub struct Engine {
     gauges: Arc<Gauges>,
     port: Arc<dyn ControlPort>,
     registry: Arc<Registry>,
+    door: Arc<Door>,
     inboxes: Vec<Arc<Inbox>>,
     pools: Vec<Pool>,
     messages: Pool,
@@ -142,8 +156,16 @@ impl Engine {
         gauges.set_pools(bulk.clone(), messages.clone());
         let inboxes: Vec<Arc<Inbox>> =
             (0..workers).map(|_| Inbox::new().map(Arc::new)).collect::<io::Result<_>>()?;
-        let storage = Storage::start(config.storage_threads, inboxes.clone(), Arc::clone(&gauges))?;
+        let storage = Storage::start(
+            config.storage_threads,
+            config.storage_queue,
+            inboxes.clone(),
+            Arc::clone(&gauges),
+        )?;
         let registry = Arc::new(Registry::default());
+        let latches = Arc::new(latch::Latches::default());
+        let limits = &settings.limits;
+        let door = Arc::new(Door::new(limits.half_open_max, limits.half_open_per_address));
         let mut threads = Vec::new();
         for (n, pool) in bulk.iter().enumerate() {
             let cx = channel::Cx {
@@ -154,6 +176,8 @@ impl Engine {
                 storage: storage.sender(),
                 port: Arc::clone(&port),
                 registry: Arc::clone(&registry),
+                latches: Arc::clone(&latches),
+                door: Arc::clone(&door),
                 opener: Arc::clone(&opener),
                 gauges: Arc::clone(&gauges),
                 now: std::time::Instant::now(),
@@ -169,6 +193,7 @@ impl Engine {
             gauges,
             port,
             registry,
+            door,
             inboxes,
             pools,
             messages,
@@ -193,14 +218,21 @@ impl Engine {
         &self.pools
     }
 
-    /// Admits a peer: what its channel is to be made with, or `None` if there is no room for one more.
-    pub fn setup(&self) -> Option<Setup> {
+    /// Admits a peer: what its channel is to be made with, or `None` if there is no room for one more. An older channel
+    /// that has not been bound yet may have to end for it.
+    pub fn setup(&self, peer: SocketAddr) -> Option<Setup> {
         let limits = &self.settings.limits;
-        let full = self.gauges.channels.read() >= limits.channels_max as u64
-            || self.gauges.half_open_channels.read() >= limits.half_open_max as u64;
-        if full || self.stopped.load() {
+        if self.gauges.channels.read() >= limits.channels_max as u64 || self.stopped.load() {
             self.gauges.refused_total.add(1);
             return None;
+        }
+        match self.door.arrive(peer, Instant::now()) {
+            Answer::Welcome => {}
+            Answer::InsteadOf { worker, id } => self.inboxes[worker].send(Letter::Evict { id }),
+            Answer::Full => {
+                self.gauges.refused_total.add(1);
+                return None;
+            }
         }
         let credits = usize::from(self.settings.engine.credits);
         let receives: Option<Vec<_>> = (0..usize::from(CREDITS_UNBOUND) + SPARE)
@@ -224,7 +256,8 @@ impl Engine {
         // Counted here, not by the worker: a burst of peers must not slip past the limit.
         self.gauges.channels.add(1);
         self.gauges.half_open_channels.add(1);
-        self.inboxes[worker].send(Letter::Channel(channel));
+        let id = self.door.adopted(channel.peer(), worker);
+        self.inboxes[worker].send(Letter::Channel { channel, id });
     }
 
     /// Control's answer to a bind.
@@ -248,7 +281,18 @@ impl Engine {
         }
     }
 
-    /// The link is up again with a control process that knows no binding made before `registration`.
+    /// Waits until no binding is left, `wait` at most: no I/O of any is under way, all descriptors are closed. True if so.
+    /// While binds come this says nothing of the moment after.
+    pub fn drained(&self, wait: Duration) -> bool {
+        let mut bindings = self.registry.0.lock();
+        if !bindings.is_empty() {
+            self.registry.1.wait_for(&mut bindings, wait);
+        }
+        bindings.is_empty()
+    }
+
+    /// A control process is there that knows no binding made before `registration`: they are drained. [`Engine::drained`]
+    /// tells when they are.
     pub fn new_control(&self, registration: u64) {
         for inbox in &self.inboxes {
             inbox.send(Letter::NewControl { registration });

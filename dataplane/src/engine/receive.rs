@@ -9,6 +9,7 @@
 //! A request to a binding that is not there has no key to be checked with: it is answered `NotBound` under binding 0,
 //! without a MAC, and does nothing. Before the first bind only a few of them are answered.
 
+use super::binding::{Binding, BindingRef};
 use super::channel::{Conn, Cx};
 use super::request::Request;
 use holdfast_shared::auth::FrameKey;
@@ -36,16 +37,16 @@ impl Conn {
         }
         self.recv_sequence += 1;
         let number = frame.header.binding.get();
-        let binding = self.bindings.by_number(number);
+        let binding = self.bindings.get(BindingRef(number));
         let authentic = match binding {
-            Some((_, binding)) => binding.from_client.verify(&frame),
+            Some(binding) => binding.from_client.verify(&frame),
             // No key: a bind, or a binding that is not there. Such a request is answered and does nothing.
             None => number != 0 || FrameKey::unkeyed().verify(&frame),
         };
         if !authentic {
             return self.end(cx, Status::BadMac, "a frame with a wrong MAC");
         }
-        let slot = binding.map(|(slot, _)| slot);
+        let name = binding.map(Binding::name);
         if self.in_flight >= self.credits {
             return self.end(cx, Status::OverCredit, "more requests than credits");
         }
@@ -63,7 +64,7 @@ impl Conn {
             self.post_receive(cx, buffer);
             return;
         }
-        let taken = Request::read(&frame, slot);
+        let taken = Request::read(&frame, name);
         self.in_flight += 1;
         self.admit(cx, taken, buffer);
     }

@@ -3,6 +3,7 @@
 //! A frame gets its sequence number when it is submitted, never earlier: what is submitted goes out in that order.
 
 use super::CREDITS_UNBOUND;
+use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Token};
 use holdfast_shared::auth::FrameKey;
 use holdfast_shared::types::{Access, HandleId, INLINE_BYTES_MAX, Status};
@@ -18,9 +19,9 @@ pub(crate) enum Rare {
         request: u32,
         answer: BindAnswered,
     },
-    /// About a binding, by its slot.
+    /// About a binding.
     Notice {
-        slot: u8,
+        binding: BindingRef,
         reason: Status,
     },
     /// The last frame of a channel.
@@ -109,8 +110,8 @@ impl Conn {
                 });
                 self.in_flight = self.in_flight.saturating_sub(1);
             }
-            Rare::Notice { slot, reason } => {
-                let Some(binding) = self.bindings.at(*slot) else { return true };
+            Rare::Notice { binding, reason } => {
+                let Some(binding) = self.bindings.get(*binding) else { return true };
                 let (number, key) = (binding.number, binding.to_client.clone());
                 self.send_notice(cx, Token::Send, number, &key, *reason);
             }
@@ -131,7 +132,7 @@ impl Conn {
     pub(crate) fn send_reply(
         &mut self,
         cx: &mut Cx,
-        slot: Option<u8>,
+        binding: Option<BindingRef>,
         request: u32,
         status: Status,
         count: u32,
@@ -148,7 +149,7 @@ impl Conn {
             self.abort(cx, "no send buffer: our own fault");
             return;
         };
-        let binding = slot.and_then(|slot| self.bindings.at(slot));
+        let binding = binding.and_then(|name| self.bindings.get(name));
         let (number, key) = binding.map_or((0, &unkeyed), |binding| (binding.number, &binding.to_client));
         let built = (|| {
             let mut w = Writer::new(&mut buffer, Opcode::Reply, 0, number, request, self.send_sequence)?;

@@ -9,7 +9,7 @@
 //! ```
 
 use super::backend::Work;
-use super::binding::Drain;
+use super::binding::{BindingRef, Drain};
 use super::channel::{Conn, Cx, Phase};
 use holdfast_shared::types::{Access, ByteRange, INLINE_BYTES_MAX, RegionDescriptor, Status};
 use holdfast_shared::wire::data::{Body, Flags, Frame, TAG_BYTES};
@@ -31,7 +31,7 @@ pub(crate) struct Request {
     /// The client's number, and its frame's sequence.
     pub(super) number: u32,
     pub(super) sequence: u64,
-    pub(super) binding: Option<u8>,
+    pub(super) binding: Option<BindingRef>,
     pub(super) offset: u64,
     pub(super) length: u32,
     pub(super) region: RegionDescriptor,
@@ -69,7 +69,7 @@ pub(crate) enum Step {
 
 impl Request {
     /// Takes a request out of its frame.
-    pub(super) fn read(frame: &Frame<'_>, binding: Option<u8>) -> Self {
+    pub(super) fn read(frame: &Frame<'_>, binding: Option<BindingRef>) -> Self {
         let flags = frame.header.flags.get();
         let (ask, io) = match frame.body {
             Body::Read(io) => (Ask::Read, Some(io)),
@@ -150,7 +150,7 @@ impl Conn {
         let (parked, unknown) = (request.parked, request.binding.is_none());
         self.requests[usize::from(slot)] = Some(request);
         if !parked {
-            self.ready.push_back(slot);
+            self.ready.add(slot);
         }
         if let Some(binding) = unbind {
             self.drain(cx, binding, Drain::Unbind { request: u32::from(slot) });
@@ -164,16 +164,16 @@ impl Conn {
     /// Without a binding a peer gets its answer before it may be sent away.
     fn answer_now(&mut self, cx: &mut Cx, slot: u16) {
         if self.rare.is_empty()
-            && self.ready.front() == Some(&slot)
+            && self.ready.first() == Some(slot)
             && self.step(cx, slot, &mut 0) == Step::Next
         {
-            self.ready.pop_front();
+            self.ready.remove_first();
         }
     }
 
     /// Everything that can be said before a byte moves.
     fn check(&self, cx: &Cx, request: &Request) -> Result<(), Status> {
-        let Some(binding) = request.binding.and_then(|slot| self.bindings.at(slot)) else {
+        let Some(binding) = request.binding.and_then(|name| self.bindings.get(name)) else {
             return Err(Status::NotBound);
         };
         if matches!(request.ask, Ask::Flush { .. } | Ask::Unbind) {
@@ -227,7 +227,7 @@ impl Conn {
             return Step::Next;
         };
         if request.answer.is_none() {
-            let serves = match request.binding.and_then(|slot| self.bindings.at(slot)) {
+            let serves = match request.binding.and_then(|name| self.bindings.get(name)) {
                 Some(binding) => binding.serves(),
                 None => Err(Status::NotBound),
             };
@@ -309,10 +309,7 @@ impl Conn {
         if let Some(Some(request)) = self.requests.get_mut(usize::from(slot)) {
             request.parked = false;
         }
-        if !self.ready.contains(&slot) {
-            self.ready.push_front(slot);
-        }
-        self.urgent = true;
+        self.ready.resume(slot);
     }
 
     /// An unbind is answered when its binding has drained.

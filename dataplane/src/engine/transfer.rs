@@ -45,7 +45,7 @@ impl Conn {
                 let Some(mut buffer) = self.take(cx) else { return Some(Step::NoBuffer) };
                 let length = self.piece_max(cx).min((request.length - request.next) as usize);
                 let at = request.offset + u64::from(request.next);
-                let Some(file) = request.binding.and_then(|b| self.bindings.at(b)?.file.clone()) else {
+                let Some(file) = request.binding.and_then(|b| self.bindings.get(b)?.file.clone()) else {
                     self.give(buffer);
                     request.answer = Some((Status::Fenced, 0));
                     return Some(Step::Again);
@@ -97,7 +97,7 @@ impl Conn {
             return Some(Step::Again);
         };
         let sequence = self.send_sequence;
-        let Some(binding) = self.bindings.at_mut(at) else {
+        let Some(binding) = self.bindings.get_mut(at) else {
             self.give(buffer);
             request.answer = Some((Status::NotBound, 0));
             return Some(Step::Again);
@@ -115,8 +115,8 @@ impl Conn {
                 }
             }
             binding.transport_ops += 1;
-            if !self.submit(cx, Token::Place { slot: at }, Operation::Place { buffer, remote }) {
-                if let Some(binding) = self.bindings.at_mut(at) {
+            if !self.submit(cx, Token::Place { binding: at }, Operation::Place { buffer, remote }) {
+                if let Some(binding) = self.bindings.get_mut(at) {
                     binding.transport_ops -= 1;
                 }
                 return Some(Step::Next);
@@ -148,7 +148,7 @@ impl Conn {
             });
             return Step::Again;
         };
-        let Some(binding) = request.binding.and_then(|slot| self.bindings.at(slot)) else {
+        let Some(binding) = request.binding.and_then(|name| self.bindings.get(name)) else {
             request.answer = Some((Status::NotBound, 0));
             return Step::Again;
         };
@@ -202,7 +202,7 @@ impl Conn {
             if !self.submit(cx, Token::Fetch { slot, piece }, Operation::Fetch { buffer, remote }) {
                 return Step::Next;
             }
-            if let Some(binding) = self.bindings.at_mut(at) {
+            if let Some(binding) = self.bindings.get_mut(at) {
                 binding.transport_ops += 1;
             }
             request.fetches += 1;
@@ -230,7 +230,7 @@ impl Conn {
         request.fetches = request.fetches.saturating_sub(1);
         let length = self.piece(cx, &request, piece) as usize;
         let open = self.phase == Phase::Open;
-        let Some(binding) = request.binding.and_then(|slot| self.bindings.at_mut(slot)) else {
+        let Some(binding) = request.binding.and_then(|name| self.bindings.get_mut(name)) else {
             return self.give(buffer);
         };
         binding.transport_ops = binding.transport_ops.saturating_sub(1);
@@ -277,8 +277,9 @@ impl Conn {
         piece: u32,
         done: usize,
     ) {
-        let Some(binding) = request.binding.and_then(|slot| self.bindings.at_mut(slot)) else { return };
+        let Some(binding) = request.binding.and_then(|name| self.bindings.get_mut(name)) else { return };
         let Some(file) = binding.file.as_ref().map(Arc::clone) else { return };
+        let latch = matches!(work, Work::Flush { .. }).then(|| Arc::clone(&binding.latch));
         binding.storage_ops += 1;
         self.storage_ops += 1;
         request.storage += 1;
@@ -286,6 +287,7 @@ impl Conn {
             tag: Tag { worker: cx.worker, conn: self.key, slot, piece },
             work,
             file,
+            latch,
             buffer,
             range,
             at: request.offset + u64::from(piece),
@@ -303,7 +305,7 @@ impl Conn {
             return;
         };
         request.storage = request.storage.saturating_sub(1);
-        if let Some(binding) = request.binding.and_then(|slot| self.bindings.at_mut(slot)) {
+        if let Some(binding) = request.binding.and_then(|name| self.bindings.get_mut(name)) {
             binding.storage_ops = binding.storage_ops.saturating_sub(1);
         }
         let inline = !request.payload.is_empty();

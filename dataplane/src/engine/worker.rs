@@ -12,7 +12,7 @@
 //! that lack a buffer wait in one queue, first come first served; it is looked at whenever something came back.
 
 use super::ConnKey;
-use super::channel::{Conn, Cx, Turn};
+use super::channel::{Conn, Cx};
 use super::inbox::{Inbox, Letter};
 use crate::engine::bind::Redemption;
 use holdfast_shared::types::Status;
@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 
 const INBOX_EVENT: u64 = u64::MAX;
 const EVENTS_MAX: usize = 256;
+/// While jobs wait for room in the storage queue nobody wakes the worker for it: it looks again after this.
+const STORAGE_RETRY: Duration = Duration::from_millis(1);
 
 pub(crate) struct Worker {
     cx: Cx,
@@ -71,8 +73,13 @@ impl Worker {
     pub(crate) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let mut idle = 0;
+        // Counted here and told now and then: all workers share that cache line.
+        let mut polls = 0;
         loop {
-            self.cx.gauges.polls_total.add(1);
+            polls += 1;
+            if polls == 64 {
+                self.cx.gauges.polls_total.add(std::mem::take(&mut polls));
+            }
             self.cx.now = Instant::now();
             let mut busy = self.letters();
             busy |= self.storage();
@@ -92,12 +99,12 @@ impl Worker {
                 continue;
             }
             if self.arm() && self.inbox.may_sleep() {
+                self.cx.gauges.polls_total.add(std::mem::take(&mut polls));
                 let slept = self.sleep(&mut events);
                 self.inbox.woke();
                 if let Err(error) = slept {
                     // The descriptors are ours and valid: this cannot go on, and silence would be worse.
-                    tracing::error!(%error, "a worker cannot wait for events");
-                    return;
+                    crate::fault::fatal("a worker cannot wait for events", &error);
                 }
                 idle = 0;
             }
@@ -109,7 +116,8 @@ impl Worker {
         while let Some(letter) = self.inbox.letter() {
             busy = true;
             match letter {
-                Letter::Channel(channel) => self.adopt(channel),
+                Letter::Channel { channel, id } => self.adopt(channel, id),
+                Letter::Evict { id } => self.evict(id),
                 Letter::Redeemed(redemption) => self.redeemed(redemption),
                 Letter::Fence { registration, fence } => self.fence(registration, fence),
                 Letter::NewControl { registration } => {
@@ -127,7 +135,14 @@ impl Worker {
         self.conns.iter().map(|(index, _)| index).collect()
     }
 
-    fn adopt(&mut self, channel: Box<dyn Channel>) {
+    fn evict(&mut self, id: u64) {
+        let found = self.conns.iter().find_map(|(index, conn)| (conn.door == id).then_some(index));
+        if let Some(index) = found {
+            self.with(index, Conn::evict);
+        }
+    }
+
+    fn adopt(&mut self, channel: Box<dyn Channel>, id: u64) {
         self.generation = self.generation.wrapping_add(1);
         let entry = self.conns.vacant_entry();
         let index = entry.key();
@@ -135,7 +150,7 @@ impl Worker {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         let added =
             epoll::add(&self.epoll, channel.wake_fd(), epoll::EventData::new_u64(index as u64), flags);
-        entry.insert(Conn::new(&mut self.cx, key, channel));
+        entry.insert(Conn::new(&mut self.cx, key, channel, id));
         let stopping = self.stop_by.is_some();
         self.with(index, |conn, cx| {
             if let Err(error) = added {
@@ -191,7 +206,8 @@ impl Worker {
                 tracing::error!("a storage result for a channel that is gone");
             }
         }
-        if busy {
+        // Other workers fill the queue too: what found it full can't wait for an answer of its own.
+        if self.cx.storage.is_waiting() {
             self.cx.storage.push();
         }
         busy
@@ -218,18 +234,11 @@ impl Worker {
             let Some(conn) = self.conns.get_mut(index) else { continue };
             conn.listed = false;
             busy = true;
-            match conn.turn(&mut self.cx) {
-                Turn::More => {
-                    conn.listed = true;
-                    self.ready.push_back(index);
-                }
-                Turn::Idle => {}
-                Turn::Starved if !conn.starved => {
-                    conn.starved = true;
-                    self.starved.push_back(index);
-                }
-                // It keeps its place in the queue.
-                Turn::Starved => {}
+            // One that starved before keeps its place in the queue.
+            let starved = conn.ready.is_starved();
+            conn.turn(&mut self.cx);
+            if conn.ready.is_starved() && !starved {
+                self.starved.push_back(index);
             }
             self.settle(index);
         }
@@ -240,8 +249,8 @@ impl Worker {
     fn feed(&mut self) {
         while let Some(index) = self.starved.pop_front() {
             if let Some(conn) = self.conns.get_mut(index) {
-                conn.starved = false;
-                if !conn.listed {
+                conn.ready.feed();
+                if conn.wants_turn() && !conn.listed {
                     conn.listed = true;
                     self.ready.push_back(index);
                 }
@@ -327,7 +336,8 @@ impl Worker {
     }
 
     fn sleep(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
-        let timeout = self.deadline.map(|at| {
+        let retry = self.cx.storage.is_waiting().then(|| Instant::now() + STORAGE_RETRY);
+        let timeout = [self.deadline, retry].into_iter().flatten().min().map(|at| {
             let wait = at.saturating_duration_since(Instant::now());
             // Rounded up: waking a moment early would only mean another round.
             let wait = wait + Duration::from_micros(1);

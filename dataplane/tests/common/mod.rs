@@ -28,10 +28,10 @@ pub fn settings() -> Settings {
             workers: 1,
             storage_threads: 2,
             pool_bytes: 4 << 20,
-            message_pool_bytes: 4 << 20,
+            message_pool_bytes: 16 << 20,
             ..EngineConfig::default()
         },
-        limits: Limits { linger_ms: 50, ..Limits::default() },
+        limits: Limits { linger_ms: 50, channels_max: 128, ..Limits::default() },
         instance: [7; 16],
         verifier: 0x5EED,
     }
@@ -73,7 +73,8 @@ impl Rig {
     /// A client that has not.
     pub fn silent_client(&self) -> (Client, Faults) {
         let parts = Client::parts();
-        let (ours, theirs) = pair(parts.setup(), self.engine.setup().expect("room for a channel")).unwrap();
+        let (ours, theirs) =
+            pair(parts.setup(), self.engine.setup(anyone()).expect("room for a channel")).unwrap();
         let faults = ours.faults();
         self.engine.adopt(Box::new(theirs));
         (Client::new(Box::new(ours), parts), faults)
@@ -102,6 +103,11 @@ impl Drop for Rig {
     fn drop(&mut self) {
         self.engine.stop();
     }
+}
+
+/// The address of the memory transport's peers.
+pub fn anyone() -> std::net::SocketAddr {
+    ([127, 0, 0, 1], 0).into()
 }
 
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {

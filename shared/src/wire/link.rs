@@ -11,6 +11,21 @@
 //!      │ Released(binding) ────────────────────► │  the client unbound, or its channel ended
 //! ```
 //!
+//! # When the link ends
+//!
+//! Either process may end, or only the socket between them. What holds then, for both sides:
+//!
+//! * I/O does not stop: dataplane lets its bindings go on, and refuses binds.
+//! * [`Register`](ToControl::Register) says that every binding of earlier registrations is drained: no I/O of theirs is under
+//!   way, their descriptors are closed. So dataplane, once it can reach a control again, first fences them all; a
+//!   channel that can't drain in time is cut off from the device, storage is waited for. Nothing is bound meanwhile.
+//! * Control counts the old bindings as gone when the old process is proven dead, or a new `Register` has come; until
+//!   then opens keep their share modes. No time limit turns silence into absence.
+//! * Dataplane holds an exclusive flock on `dataplane.lock` beside the socket, from before its first registration until its
+//!   process has ended. A control that starts and finds it held refuses opens until that dataplane registers or ends; if it
+//!   is free there is none.
+//! * A grant whose descriptor the kernel dropped (no room in the process) is `Released` at once; the link stays.
+//!
 //! Control names bindings on the link by a number of its own ([`LinkBinding`]); the number in data frames is
 //! dataplane's affair.
 
