@@ -342,7 +342,7 @@ async fn a_request_without_a_place_times_out_and_a_close_is_made_up_for() {
         }
     })
     .await;
-    config.request_ms_max = 200;
+    config.request_ms_max = 800;
     let session = Session::connect(&config).await.unwrap();
     let open = session.open(&file(), &OpenOptions::read()).await.unwrap();
     let mut pings = tokio::task::JoinSet::new();
