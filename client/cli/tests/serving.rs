@@ -24,11 +24,10 @@ fn a_replaced_program_does_not_end_the_server() {
     let wish = Wish { programs: Some(programs.path().to_owned()), ..Wish::default() };
     let mut server = Deployment::with(&wish);
     // An upgrade: for a while there is no program, then another file of the same name.
-    std::fs::rename(inside("holdfast"), inside("old")).unwrap();
+    std::fs::copy(inside("holdfast"), inside("new")).unwrap();
+    std::fs::remove_file(inside("holdfast")).unwrap();
     server.restart_dataplane(|_| {
         std::thread::sleep(Duration::from_millis(700));
-        std::fs::copy(inside("old"), inside("new")).unwrap();
-        std::fs::remove_file(inside("old")).unwrap();
         std::fs::rename(inside("new"), inside("holdfast")).unwrap();
     });
     copies_still_work(&server);
