@@ -184,7 +184,7 @@ pub struct Limits {
     /// Channels that have not been granted a binding yet. Default 64. For one more, the oldest of the address that has
     /// the most of them ends.
     pub half_open_max: usize,
-    /// Those of one address; of IPv6, of one /64 network. Default 16. For one more, the oldest of them ends.
+    /// Those of one address; of IPv6, of one /64 network. Default 32. For one more, the oldest of them ends.
     pub half_open_per_address: usize,
     /// Bindings of one channel. Default 64.
     pub bindings_max: u16,
@@ -209,7 +209,7 @@ impl Default for Limits {
         Self {
             channels_max: 1024,
             half_open_max: 64,
-            half_open_per_address: 16,
+            half_open_per_address: 32,
             bindings_max: 64,
             bind_deadline_ms: 5000,
             unbound_ms: 60_000,

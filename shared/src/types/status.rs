@@ -89,7 +89,7 @@ statuses! {
     NotFound = 7, ENOENT, "no such file, volume or open", "check the name";
     Exists = 8, EEXIST, "the name exists already", "choose another name or disposition";
     NotDirectory = 9, ENOTDIR, "a component of the path is not a directory", "check the path";
-    IsDirectory = 10, EISDIR, "it is a directory", "use the directory requests";
+    IsDirectory = 10, EISDIR, "it is a directory", "name a file, or list the directory";
     NotEmpty = 11, ENOTEMPTY, "the directory is not empty", "empty it first";
     PathEscape = 12, EXDEV, "the path leads out of the volume", "use a path inside the volume";
     NameTooLong = 13, ENAMETOOLONG, "the path or a name in it is too long", "shorten it";
