@@ -149,10 +149,12 @@ const DATAPLANE_TUNING: &str = "
 #workers = 0
 # Threads that may wait for storage.
 #storage_threads = 4
+# Jobs that may wait for them.
+#storage_queue = 4096
 # Bytes of bulk buffers in all, of one, and of all message buffers. On RDMA devices they are pinned.
 #pool_bytes = 134217728
 #buffer_bytes = 262144
-#message_pool_bytes = 33554432
+#message_pool_bytes = 67108864
 # Requests one channel may have in flight.
 #credits = 64
 # Rounds without work before a worker sleeps; 0 sleeps at once.
@@ -164,6 +166,7 @@ const DATAPLANE_TUNING: &str = "
 # Channels in all, channels without a binding yet, and the bindings of one channel.
 #channels_max = 1024
 #half_open_max = 64
+#half_open_per_address = 32
 #bindings_max = 64
 # Time from a channel's start to its first binding, and without any after it had one, milliseconds.
 #bind_deadline_ms = 5000
