@@ -63,6 +63,12 @@ const END: u32 = u32::MAX;
 /// Added to the head's upper half.
 const TAG: u64 = 1 << 32;
 
+/// The index in a head: its lower half.
+fn top_of(head: u64) -> u32 {
+    let [a, b, c, d, ..] = head.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
 impl FreeList {
     /// With all of `count` pieces in it, the first on top; `None` if they are more than can be numbered.
     fn full(count: usize) -> Option<Self> {
@@ -74,7 +80,7 @@ impl FreeList {
     fn pop(&self) -> Option<usize> {
         let mut head = self.head.load(Ordering::Acquire);
         loop {
-            let top = (head & u64::from(END)) as usize;
+            let top = top_of(head) as usize;
             // END is no index.
             let next = self.next.get(top)?.load(Ordering::Relaxed);
             let new = (head & !u64::from(END)).wrapping_add(TAG) | u64::from(next);
@@ -94,7 +100,7 @@ impl FreeList {
         self.length.fetch_add(1, Ordering::Relaxed);
         let mut head = self.head.load(Ordering::Relaxed);
         loop {
-            self.next[index].store((head & u64::from(END)) as u32, Ordering::Relaxed);
+            self.next[index].store(top_of(head), Ordering::Relaxed);
             let new = (head & !u64::from(END)).wrapping_add(TAG) | index as u64;
             match self.head.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return,
