@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes of one bulk transfer.
 pub const BULK_BYTES: usize = 1 << 20;
-const DEPTH: u64 = 8;
+const DEPTH: u32 = 8;
 const MESSAGE_BYTES: usize = 64;
 /// Rounds without work before a side goes to sleep, as the engine does it.
 const SPINS: u32 = 50;
@@ -204,7 +204,7 @@ impl Driver {
     }
 
     fn transfer(&mut self) {
-        while self.left > 0 && self.in_flight < DEPTH {
+        while self.left > 0 && self.in_flight < u64::from(DEPTH) {
             let Some(buffer) = self.bulk.take() else { return };
             let remote = self.region;
             self.end.submit(match self.what {
