@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod auth;
+pub mod journal;
 pub mod state;
 pub mod types;
 pub mod wire;

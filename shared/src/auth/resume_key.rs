@@ -10,9 +10,10 @@
 //!  └──── associated data ──────────────────┘
 //! ```
 
-use super::Secret;
+use super::{BindSecret, Secret};
 use crate::types::{ClusterId, OpenId, ProcessId, VolumeId};
 use aws_lc_rs::aead::{AES_256_GCM_SIV, Aad, LessSafeKey, Nonce, UnboundKey};
+use zeroize::Zeroize;
 
 const MAGIC: [u8; 4] = *b"HFRK";
 const VERSION: u8 = 1;
@@ -151,6 +152,65 @@ impl Keyring {
     }
 }
 
+/// Length of a sealed bind secret: key id, nonce, 32 bytes, tag.
+const SEALED_SECRET: usize = 4 + NONCE + 32 + TAG;
+
+impl Keyring {
+    /// Seals an open's bind secret for the journal: key id u32 LE, nonce, ciphertext, tag. The open's id is associated data, so
+    /// that a sealed secret is of no use under another open. `nonce` is 12 bytes of fresh randomness.
+    ///
+    /// # Panics
+    /// Never: see [`Keyring::seal`].
+    pub fn seal_secret(&self, open: OpenId, secret: &BindSecret, nonce: [u8; NONCE]) -> Vec<u8> {
+        let entry = &self.entries[0];
+        let mut out = Vec::with_capacity(SEALED_SECRET);
+        out.extend(entry.id.to_le_bytes());
+        out.extend(nonce);
+        out.extend(secret.secret().expose());
+        let tag = entry.key.seal_in_place_separate_tag(
+            Nonce::assume_unique_for_key(nonce),
+            Aad::from(secret_context(open)),
+            &mut out[4 + NONCE..],
+        );
+        match tag {
+            Ok(tag) => out.extend(tag.as_ref()),
+            Err(_) => unreachable!("AES-GCM-SIV takes every 32-byte message"),
+        }
+        out
+    }
+
+    /// Opens a sealed bind secret.
+    ///
+    /// # Errors
+    /// See [`ResumeKeyError`].
+    pub fn open_secret(&self, open: OpenId, bytes: &[u8]) -> Result<BindSecret, ResumeKeyError> {
+        let Some((id, rest)) = bytes.split_first_chunk::<4>() else { return Err(ResumeKeyError::Form) };
+        let id = u32::from_le_bytes(*id);
+        let entry = self.entries.iter().find(|e| e.id == id).ok_or(ResumeKeyError::UnknownKey(id))?;
+        let (Some((nonce, body)), SEALED_SECRET) = (rest.split_first_chunk::<NONCE>(), bytes.len()) else {
+            return Err(ResumeKeyError::Form);
+        };
+        let mut sealed = [0; 32 + TAG];
+        sealed.copy_from_slice(body);
+        let nonce = Nonce::assume_unique_for_key(*nonce);
+        let plain = entry
+            .key
+            .open_in_place(nonce, Aad::from(secret_context(open)), &mut sealed)
+            .map_err(|_| ResumeKeyError::Seal)?;
+        let mut secret = [0; 32];
+        secret.copy_from_slice(plain);
+        sealed.zeroize();
+        Ok(BindSecret::new(Secret::new(secret)))
+    }
+}
+
+/// Associated data of a sealed bind secret: never equal to that of a resume key, which begins with its magic.
+fn secret_context(open: OpenId) -> [u8; 24] {
+    let mut context = *b"bind kr.________________";
+    context[8..].copy_from_slice(&open.0);
+    context
+}
+
 impl std::fmt::Debug for Keyring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let ids: Vec<u32> = self.entries.iter().map(|e| e.id).collect();
@@ -205,6 +265,24 @@ mod tests {
         let mut old = bytes.clone();
         old[4] = 0;
         assert_eq!(ring1.open(&old), Err(ResumeKeyError::Version(0, 1)), "before any other parsing");
+    }
+
+    /// KEY-05: what the journal holds of a secret opens only with the server's key, and only under its own open.
+    #[test]
+    fn key_05_a_sealed_secret_is_of_no_use_without_the_key() {
+        let (ring1, open) = (ring(1, 1), OpenId([3; 16]));
+        let secret = BindSecret::new(Secret::new([0x77; 32]));
+        let sealed = ring1.seal_secret(open, &secret, [7; 12]);
+        assert!(!sealed.windows(4).any(|w| w == [0x77; 4]), "not in clear");
+        assert!(ring1.open_secret(open, &sealed).unwrap() == secret);
+        assert_eq!(ring1.open_secret(OpenId([4; 16]), &sealed).err(), Some(ResumeKeyError::Seal));
+        assert_eq!(ring(1, 2).open_secret(open, &sealed).err(), Some(ResumeKeyError::Seal));
+        for at in 0..sealed.len() {
+            let mut copy = sealed.clone();
+            copy[at] ^= 1;
+            assert!(ring1.open_secret(open, &copy).is_err(), "byte {at}");
+            assert!(ring1.open_secret(open, &sealed[..at]).is_err());
+        }
     }
 
     #[test]

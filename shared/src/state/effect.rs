@@ -1,11 +1,12 @@
 //! What the authority wants done.
 
 use super::input::FileIdentity;
+use crate::journal::record::Record;
 use super::operation::OperationId;
 use super::table::FileId;
 use crate::types::{Access, Disposition, FileTime, SessionId, Status, VolumeId, VolumePath};
 use crate::wire::control::Reply;
-use crate::wire::link::{Fence, Grant, LinkBinding};
+use crate::wire::link::{Fence, Grant, LinkBinding, Restrict};
 
 /// One thing to do, in the order given.
 #[derive(Debug)]
@@ -72,6 +73,36 @@ pub enum Effect {
     },
     /// Have dataplane fence a binding. Answered by `Fenced`, `Released`, `LinkUp` or `LinkLost`.
     Fence(Fence),
+    /// Append a record to the journal. Answered by `Persisted` once it, and all before it, are durable.
+    Persist {
+        /// Its number: one more than the last.
+        sequence: u64,
+        /// What to write.
+        record: Box<Record>,
+        /// True if it ends something: then the journal's reserve may be used for it.
+        releasing: bool,
+    },
+    /// Look at an open's file. Answered by `Inspected`.
+    Inspect {
+        /// Pairs the answer.
+        operation: OperationId,
+        /// The descriptor.
+        file: FileId,
+    },
+    /// Look at a file of which no descriptor is kept: by its handle where the kernel allows, else by path, checked
+    /// against the identity. Answered by `Inspected`.
+    InspectLost {
+        /// Pairs the answer.
+        operation: OperationId,
+        /// Where it was.
+        at: Located,
+        /// See [`FileOpened::file_handle`](super::FileOpened::file_handle).
+        file_handle: Vec<u8>,
+        /// The file it must be.
+        identity: FileIdentity,
+    },
+    /// Have dataplane refuse I/O of an open's bindings in byte ranges. Answered by `Restricted`, `LinkUp` or `LinkLost`.
+    Restrict(Restrict),
     /// Dataplane has not confirmed a fence in time. Whatever waits for it goes on waiting: tell the operator.
     FenceOverdue(LinkBinding),
 }

@@ -1,10 +1,12 @@
 //! What comes into the authority.
 
+use super::effect::Located;
 use super::operation::OperationId;
+use super::table::FileId;
 use crate::auth::SessionKey;
-use crate::types::{ProcessId, SessionId};
+use crate::types::{Access, Evidence, OpenId, ProcessId, SessionId};
 use crate::wire::control::{Attributes, Refusal, Reply, Request};
-use crate::wire::link::{Fence, LinkBinding, Redeem};
+use crate::wire::link::{Fence, Held, LinkBinding, Redeem, Restricted};
 
 /// One event. The shell gives them one at a time, in the order in which they happened.
 #[derive(Debug)]
@@ -48,13 +50,39 @@ pub enum Input {
     /// At the start only: a dataplane of an earlier control may live and hold bindings that this authority does not
     /// know. Until [`Input::LinkUp`] or [`Input::LinkLost`] nothing is granted that they could conflict with.
     DataplaneMayLive,
-    /// A dataplane registered. By the link's contract every binding of earlier registrations is drained.
+    /// A dataplane registered. By the link's contract every binding that it does not tell of is gone.
     LinkUp {
         /// As registered; handed on unread.
         service_blob: Vec<u8>,
+        /// The bindings that live.
+        held: Vec<Held>,
     },
     /// The link has closed. Dataplane may live, and its bindings with it: all of them stay.
     LinkDown,
+    /// Every record up to and including this number is durable.
+    Persisted(u64),
+    /// Whether the journal has room for more than the ends of things. While it has none, opens and locks are refused
+    /// `NoSpace`; everything can still be closed.
+    JournalRoom(bool),
+    /// The rules of that version are in force, and all I/O of the open begun before has ended.
+    Restricted(Restricted),
+    /// Answer to [`Effect::Inspect`](super::Effect::Inspect) and [`Effect::InspectLost`](super::Effect::InspectLost).
+    Inspected {
+        /// Which operation.
+        operation: OperationId,
+        /// How the file looks; `None` if it is not there any more.
+        result: Result<Option<Inspected>, Refusal>,
+    },
+    /// After [`Authority::recover`](super::Authority::recover), before anything else: a recorded file is open again, or can't
+    /// be. One for each [`Reopen`].
+    Reopened {
+        /// Which open.
+        open: OpenId,
+        /// How the file looks; or why it is lost, in words for the operator.
+        result: Result<Inspected, String>,
+    },
+    /// The operator closes an open. Its owner learns `ForceClosed`.
+    ForceClose(OpenId),
     /// The dataplane is proven dead, and with it every descriptor and queue pair it held. Opens stay.
     LinkLost,
     /// Dataplane carries a client's bind request.
@@ -96,6 +124,8 @@ pub struct Fresh {
     pub challenge: [u8; 32],
     /// For sealing a resume key.
     pub nonce: [u8; 12],
+    /// For sealing a bind secret in the journal.
+    pub secret_nonce: [u8; 12],
     /// Milliseconds since 1970.
     pub wall_ms: u64,
 }
@@ -107,14 +137,17 @@ impl std::fmt::Debug for Fresh {
 }
 
 /// Which file it is, whatever its name. While any open of it lasts, no other file can have the same identity.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, minicbor::Encode, minicbor::Decode)]
 pub struct FileIdentity {
     /// Device number of its file system.
+    #[n(0)]
     pub device: u64,
     /// Inode number.
+    #[n(1)]
     pub inode: u64,
     /// Tells an inode number's later uses apart: the time of the inode's birth, nanoseconds (0 if the file
     /// system does not keep it).
+    #[n(2)]
     pub generation: u64,
 }
 
@@ -127,4 +160,34 @@ pub struct FileOpened {
     pub attributes: Attributes,
     /// True if it was made just now.
     pub created: bool,
+    /// The kernel's own name of the file, opaque here; empty if it has none.
+    pub file_handle: Vec<u8>,
+    /// How it looks.
+    pub evidence: Evidence,
+}
+
+/// How a file looks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Inspected {
+    /// Its attributes.
+    pub attributes: Attributes,
+    /// What tells a change.
+    pub evidence: Evidence,
+}
+
+/// A recorded file that the shell is to open again before anybody is let in, under the name `file`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reopen {
+    /// The open.
+    pub open: OpenId,
+    /// The name under which to keep the descriptor.
+    pub file: FileId,
+    /// Where it was; a rename may have moved it since.
+    pub at: Located,
+    /// See [`FileOpened::file_handle`]. If it is empty or of no use, the path is tried, and must lead to `identity`.
+    pub file_handle: Vec<u8>,
+    /// The file it must be.
+    pub identity: FileIdentity,
+    /// Decides the descriptor's access mode.
+    pub access: Access,
 }

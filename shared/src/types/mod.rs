@@ -1,6 +1,7 @@
 //! The nouns of Holdfast: ids, access and share modes, ranges, region descriptors, status.
 
 mod access;
+mod hold;
 mod ids;
 mod limits;
 mod path;
@@ -10,6 +11,7 @@ mod status;
 mod time;
 
 pub use access::{Access, Disposition, ShareMode, conflicts};
+pub use hold::{Evidence, GoneReason, HoldClass, Verdict};
 pub use ids::{BindingId, ClusterId, CreateId, HandleId, OpenId, ProcessId, SessionId, VolumeId};
 pub use limits::*;
 pub use path::{PathError, VolumePath};

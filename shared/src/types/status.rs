@@ -55,6 +55,7 @@ mod errno {
     pub(super) const ENOENT: i32 = 2;
     pub(super) const EIO: i32 = 5;
     pub(super) const EBADF: i32 = 9;
+    pub(super) const EAGAIN: i32 = 11;
     pub(super) const EACCES: i32 = 13;
     pub(super) const EBUSY: i32 = 16;
     pub(super) const EEXIST: i32 = 17;
@@ -76,6 +77,7 @@ mod errno {
     pub(super) const EDQUOT: i32 = 122;
     pub(super) const ETIMEDOUT: i32 = 110;
     pub(super) const ECONNRESET: i32 = 104;
+    pub(super) const ECANCELED: i32 = 125;
 }
 
 statuses! {
@@ -116,6 +118,14 @@ statuses! {
     DuplicateCreate = 34, EEXIST, "the create id was used for another open", "choose a new create id";
     SessionGone = 35, ESTALE, "the session has ended", "connect again";
     Internal = 36, EIO, "a fault in the server itself", "see the server's log; report it";
+    LockConflict = 37, EAGAIN, "a byte-range lock of another open forbids this", "wait until it is unlocked";
+    LockNotGranted = 38, EAGAIN, "a byte-range lock in the way was not given up in time", "wait, or lock another range";
+    NotLocked = 39, EINVAL, "that range is not locked by this owner", "unlock exactly what was locked";
+    Cancelled = 40, ECANCELED, "the waiting request was cancelled", "go on";
+    ForceClosed = 41, ESTALE, "the operator closed the open", "ask the operator, then open the file again";
+    Evicted = 42, ESTALE, "the hold time was over and another client wanted the file", "open the file again";
+    FileLost = 43, ESTALE, "the file could not be found again after a restart", "open the file again, if it is there";
+    Superseded = 44, ESTALE, "a later session of the client took the open over", "go on in that session";
 }
 
 impl std::fmt::Display for Status {

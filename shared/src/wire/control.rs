@@ -6,8 +6,8 @@
 
 use crate::auth::MacPolicy;
 use crate::types::{
-    Access, ByteRange, CreateId, Disposition, FileTime, HandleId, OpenId, ProcessId, SessionId, ShareMode,
-    Status, VolumeId,
+    Access, ByteRange, CreateId, Disposition, FileTime, GoneReason, HandleId, HoldClass, LockItem, LockRange,
+    OpenId, ProcessId, SessionId, ShareMode, Status, Verdict, VolumeId,
 };
 use minicbor::{Decode, Encode};
 
@@ -108,6 +108,21 @@ pub enum Request {
     /// Nothing: keeps the connection alive and measures it.
     #[n(14)]
     Ping,
+    /// Take a detached open over, into this session.
+    #[n(15)]
+    Resume(#[n(0)] Resume),
+    /// Lock byte ranges: all of them, or none.
+    #[n(16)]
+    Lock(#[n(0)] Lock),
+    /// Unlock byte ranges: all of them, or none.
+    #[n(17)]
+    Unlock(#[n(0)] Unlock),
+    /// Stop waiting for locks. The waiting request is answered `Cancelled`, or was granted just before.
+    #[n(18)]
+    CancelLock(#[n(0)] CancelLock),
+    /// End the session and close its opens: nothing is held for it.
+    #[n(19)]
+    Logoff,
 }
 
 /// See [`Request::Hello`].
@@ -151,6 +166,93 @@ pub struct Open {
     /// Hold time asked for, milliseconds; `None` for the volume's default.
     #[n(6)]
     pub hold_ms: Option<u64>,
+    /// What protects the open while it is detached.
+    #[n(7)]
+    pub class: HoldClass,
+    /// How long to wait for a detached open that is in the way, milliseconds; `None` to be refused at once.
+    #[n(8)]
+    pub wait_ms: Option<u64>,
+    /// Remove the name when the last open of the file that asked for this, and every other, is closed. Needs delete access.
+    #[n(9)]
+    pub delete_on_close: bool,
+    /// The process that opens; `None` for the session's.
+    #[n(10)]
+    pub process: Option<ProcessId>,
+}
+
+/// See [`Request::Resume`]. Access, share mode and file are those of the open, whatever the client believes.
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Resume {
+    /// As it was issued with the open.
+    #[cbor(n(0), with = "minicbor::bytes")]
+    pub resume_key: Vec<u8>,
+    /// The session that had the open, if the open may still be live there: that session ends first. Without it, a live
+    /// open is `Busy`.
+    #[n(1)]
+    pub supersede: Option<SessionId>,
+    /// Handles of bindings which this client still holds and uses: they stay. Every other binding is fenced before the
+    /// answer.
+    #[n(2)]
+    pub keep: Vec<HandleId>,
+}
+
+/// Silent about the resume key.
+impl std::fmt::Debug for Resume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resume")
+            .field("supersede", &self.supersede)
+            .field("keep", &self.keep)
+            .finish_non_exhaustive()
+    }
+}
+
+/// See [`Request::Lock`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Lock {
+    /// The open.
+    #[n(0)]
+    pub open: OpenId,
+    /// Number of this change of the open's locks, from 1, each one higher than the last; the same again when the request
+    /// is repeated because its answer was lost.
+    #[n(1)]
+    pub sequence: u64,
+    /// The owner number; with the open's process it names the lock owner.
+    #[n(2)]
+    pub owner: u64,
+    /// What to lock. At least one.
+    #[n(3)]
+    pub locks: Vec<LockItem>,
+    /// How long to wait for locks in the way, milliseconds; `None` to be refused at once.
+    #[n(4)]
+    pub wait_ms: Option<u64>,
+}
+
+/// See [`Request::Unlock`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Unlock {
+    /// The open.
+    #[n(0)]
+    pub open: OpenId,
+    /// As in [`Lock`]; one row of numbers for both.
+    #[n(1)]
+    pub sequence: u64,
+    /// The owner number.
+    #[n(2)]
+    pub owner: u64,
+    /// What to unlock. At least one.
+    #[n(3)]
+    pub ranges: Vec<LockRange>,
+}
+
+/// See [`Request::CancelLock`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct CancelLock {
+    /// The open.
+    #[n(0)]
+    pub open: OpenId,
+    /// Number of the waiting lock request.
+    #[n(1)]
+    pub sequence: u64,
 }
 
 /// See [`Request::SetAttributes`].
@@ -261,6 +363,12 @@ pub enum Reply {
     /// To `ReadSymlink`.
     #[n(9)]
     Symlink(#[n(0)] String),
+    /// To `Resume`: the open was kept.
+    #[n(10)]
+    Resumed(#[n(0)] Resumed),
+    /// To `Resume`: the open is gone, and its key is dead.
+    #[n(11)]
+    Gone(#[n(0)] Gone),
 }
 
 /// Why a request was refused.
@@ -318,6 +426,47 @@ pub struct Opened {
     /// What a data channel needs.
     #[n(6)]
     pub key: KeyGrant,
+    /// Its class.
+    #[n(7)]
+    pub class: HoldClass,
+    /// Its epoch: rises with every resume.
+    #[n(8)]
+    pub epoch: u64,
+}
+
+/// See [`Reply::Resumed`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Resumed {
+    /// The open: id, access, hold time and all else as they were stored; the handle and the key grant are new, and the bind
+    /// secret is now the one of this session.
+    #[n(0)]
+    pub opened: Opened,
+    /// Whether the file is unchanged.
+    #[n(1)]
+    pub verdict: Verdict,
+    /// True if the open's locks, if it had any, protected it all the while: false once the hold time was over.
+    #[n(2)]
+    pub locks_kept: bool,
+    /// The bindings that stay, of those the client wanted to keep.
+    #[n(3)]
+    pub kept: Vec<HandleId>,
+    /// The highest number of a change of locks that was executed; 0 if none.
+    #[n(4)]
+    pub lock_sequence: u64,
+    /// Its share mode.
+    #[n(5)]
+    pub share: ShareMode,
+}
+
+/// See [`Reply::Gone`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Gone {
+    /// Why.
+    #[n(0)]
+    pub reason: GoneReason,
+    /// True if the file was changed since the open was detached, or if that can't be known.
+    #[n(1)]
+    pub changed: bool,
 }
 
 /// What a client needs to bind: resume key, service blob, challenge.
@@ -497,12 +646,16 @@ mod tests {
                 disposition: Disposition::CreateNew,
                 mode: 0o644,
                 hold_ms: None,
+                class: HoldClass::Hold,
+                wait_ms: None,
+                delete_on_close: false,
+                process: None,
             }),
         };
         let bytes = to_cbor(&request);
         assert_eq!(from_cbor::<RequestMessage>(&bytes, 1000).unwrap(), request);
         // Golden: array of [id, [1, [open fields]]].
-        assert_eq!(&bytes[..6], &[0x82, 0x05, 0x82, 0x01, 0x81, 0x86], "{bytes:02x?}");
+        assert_eq!(&bytes[..6], &[0x82, 0x05, 0x82, 0x01, 0x81, 0x8a], "{bytes:02x?}");
         assert!(
             from_cbor::<RequestMessage>(&[bytes.as_slice(), &[0]].concat(), 1000).is_err(),
             "bytes after the end"

@@ -2,12 +2,15 @@
 //!
 //! ```text
 //!   dataplane                                control
-//!      │ Register(service blob) ───────────────► │
+//!      │ Register(service blob, n) ────────────► │
+//!      │ Held(binding, open …) + descriptor, n × │  takes its opens back (SCM_RIGHTS)
 //!      │ ◄───────────────────────── Registered   │
 //!      │ Redeem(resume key, challenge, proof) ─► │  checks, duplicates
 //!      │ ◄────── Redeemed + descriptor (SCM_RIGHTS)
 //!      │ ◄──────────────────── Fence(binding)    │
 //!      │ Fenced(binding) ──────────────────────► │  only now may a conflicting request be granted
+//!      │ ◄───────────────── Restrict(open, rules)│  byte ranges which the open's I/O may not touch
+//!      │ Restricted(open, version) ────────────► │  in force, and all I/O begun before has ended
 //!      │ Released(binding) ────────────────────► │  the client unbound, or its channel ended
 //! ```
 //!
@@ -15,28 +18,32 @@
 //!
 //! Either process may end, or only the socket between them. What holds then, for both sides:
 //!
-//! * I/O does not stop: dataplane lets its bindings go on, and refuses binds.
-//! * [`Register`](ToControl::Register) says that every binding of earlier registrations is drained: no I/O of theirs is under
-//!   way, their descriptors are closed. So dataplane, once it can reach a control again, first fences them all; a
-//!   channel that can't drain in time is cut off from the device, storage is waited for. Nothing is bound meanwhile.
-//! * Control counts the old bindings as gone when the old process is proven dead, or a new `Register` has come; until
-//!   then opens keep their share modes. No time limit turns silence into absence.
+//! * I/O does not stop: dataplane lets its bindings go on, and refuses binds (`Unavailable`).
+//! * Once dataplane can reach a control again it registers and tells every binding it has ([`ToControl::Held`]), each with
+//!   its descriptor. What it does not tell of is gone: no I/O of it is under way, its descriptor is closed. The bindings go
+//!   on meanwhile; nothing is bound before `Registered`.
+//! * A new control takes the descriptors back, so that no open was ever closed, and fences what it does not know.
+//! * Control counts bindings as gone when the process is proven dead, or a registration does not tell of them; until then
+//!   opens keep their claims. No time limit turns silence into absence.
 //! * Dataplane holds an exclusive flock on `dataplane.lock` beside the socket, from before its first registration until its
-//!   process has ended. A control that starts and finds it held refuses opens until that dataplane registers or ends; if it
-//!   is free there is none.
+//!   process has ended. A control that starts and finds it held waits for its registration or its end before it accepts
+//!   anybody; if it is free there is none.
 //! * A grant whose descriptor the kernel dropped (no room in the process) is `Released` at once; the link stays.
+//! * Fences and restrictions which the old control had asked for and whose confirmation it did not get, the new one asks for
+//!   again where it still wants them.
 //!
 //! Control names bindings on the link by a number of its own ([`LinkBinding`]); the number in data frames is
 //! dataplane's affair.
 
 use crate::auth::{ChannelIdentity, MacPolicy};
-use crate::types::{Access, HandleId, OpenId, Status};
+use crate::types::{Access, HandleId, IoRule, OpenId, Status};
 use minicbor::{Decode, Encode};
 
 /// The version of these messages. Both processes come from one build, so it must be equal.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
-/// A binding's number on the link, given by control; unique while control runs.
+/// A binding's number on the link, given by control; never used twice, by no later control either:
+/// the upper half counts the starts of control.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Encode, Decode)]
 #[cbor(transparent)]
 pub struct LinkBinding(#[n(0)] pub u64);
@@ -59,6 +66,13 @@ pub enum ToControl {
     /// Answer to `GetGauges`.
     #[n(4)]
     Gauges(#[n(0)] Gauges),
+    /// After `Register` only: a binding that lives; the packet carries its descriptor.
+    #[n(5)]
+    Held(#[n(0)] Held),
+    /// Answer to `Restrict`: the rules are in force for every binding of the open, and all I/O of them that began before has
+    /// ended. An open without bindings is answered at once.
+    #[n(6)]
+    Restricted(#[n(0)] Restricted),
 }
 
 /// From control to dataplane.
@@ -76,6 +90,9 @@ pub enum ToDataplane {
     /// Ask for gauges.
     #[n(3)]
     GetGauges(#[n(0)] u64),
+    /// New rules for what the I/O of an open's bindings may touch; they replace the earlier ones.
+    #[n(4)]
+    Restrict(#[n(0)] Restrict),
 }
 
 /// See [`ToControl::Register`].
@@ -87,6 +104,66 @@ pub struct Register {
     /// See [`crate::wire::service::ServiceBlob`].
     #[cbor(n(1), with = "minicbor::bytes")]
     pub service_blob: Vec<u8>,
+    /// How many [`ToControl::Held`] follow.
+    #[n(2)]
+    pub held: u32,
+}
+
+/// See [`ToControl::Held`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Held {
+    /// The number which the control of that time gave it.
+    #[n(0)]
+    pub binding: LinkBinding,
+    /// Of which open.
+    #[n(1)]
+    pub open: OpenId,
+    /// The handle.
+    #[n(2)]
+    pub handle: HandleId,
+    /// The epoch it was granted in.
+    #[n(3)]
+    pub epoch: u64,
+    /// Access granted.
+    #[n(4)]
+    pub access: Access,
+    /// True if it is ending already: nothing new begins, and `Fenced` or `Released` follows.
+    #[n(5)]
+    pub ending: bool,
+    /// When it last changed the file: after the change had returned, nanoseconds since 1970; 0 if never.
+    #[n(6)]
+    pub last_write_ns: u64,
+    /// Version of the rules in force for its open; 0 if there are none.
+    #[n(7)]
+    pub rules_version: u64,
+    /// The digest of the transcript it was granted for, so that it is not granted twice.
+    #[cbor(n(8), with = "minicbor::bytes")]
+    pub transcript: [u8; 32],
+}
+
+/// See [`ToDataplane::Restrict`].
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Restrict {
+    /// The open.
+    #[n(0)]
+    pub open: OpenId,
+    /// Rises with every change of an open's rules.
+    #[n(1)]
+    pub version: u64,
+    /// Sorted and disjoint; empty to allow everything.
+    #[n(2)]
+    pub rules: Vec<IoRule>,
+}
+
+/// See [`ToControl::Restricted`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Restricted {
+    /// The open.
+    #[n(0)]
+    pub open: OpenId,
+    /// The version that is in force.
+    #[n(1)]
+    pub version: u64,
 }
 
 /// See [`ToDataplane::Registered`].
@@ -191,6 +268,15 @@ pub struct Grant {
     /// The channel keys; secret.
     #[n(7)]
     pub keys: crate::auth::ChannelKeys,
+    /// What its I/O may not touch, and the version of these rules (see [`Restrict`]); a later `Restrict` replaces them.
+    #[n(8)]
+    pub rules: Vec<IoRule>,
+    /// See `rules`.
+    #[n(9)]
+    pub rules_version: u64,
+    /// The digest of the transcript that was proven; handed back in [`Held`].
+    #[cbor(n(10), with = "minicbor::bytes")]
+    pub transcript: [u8; 32],
 }
 
 /// See [`ToDataplane::Fence`] and [`ToControl::Fenced`].
