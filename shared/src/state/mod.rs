@@ -21,6 +21,7 @@
 //! | [`session`](self) | who is connected, within which limits? |
 //! | `open` | when is a file opened, and what does a repeated request get? |
 //! | `share` | which opens exclude each other? |
+//! | [`lock`] | which byte ranges are locked, and by whom? |
 //! | `redeem` | which bind is granted? |
 //! | `fence` | when is a binding, and with it an open, surely over? |
 //! | `names` | when may a name be removed or renamed, or a file's size be changed? |
@@ -30,6 +31,7 @@ mod fence;
 mod input;
 mod invariants;
 mod limits;
+pub mod lock;
 mod names;
 mod open;
 mod operation;
