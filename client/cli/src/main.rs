@@ -5,8 +5,10 @@
 //!   remote    VOLUME:/path                             serve         start and supervise both planes
 //!   names     ls stat mkdir rm mv df volumes           copy, cat     move bytes
 //!   output    tables, sizes, times                     doctor        is RDMA in use, and if not, why
+//!   admin     the server's admin socket                opens         what the operator sees and ends
 //! ```
 
+mod admin;
 mod args;
 mod cat;
 mod cert;
@@ -15,6 +17,7 @@ mod doctor;
 mod exit;
 mod init;
 mod names;
+mod opens;
 mod output;
 mod pki;
 mod remote;
@@ -59,6 +62,8 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Cp(copy) => copy::run(&connection, &copy).await,
         Command::Cat(cat) => cat::run(&connection, &cat).await,
         Command::Doctor(doctor) => doctor::run(&connection, &doctor).await,
+        Command::Opens(args) => opens::run(&connection, &args).await,
+        Command::Sessions(args) => opens::sessions(&connection, &args).await,
         Command::Ls(ls) => names::ls(&connection, &ls).await,
         Command::Stat(stat) => names::stat(&connection, &stat).await,
         Command::Mkdir(mkdir) => names::mkdir(&connection, &mkdir).await,

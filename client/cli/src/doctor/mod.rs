@@ -2,16 +2,17 @@
 //!
 //! ```text
 //!   host      RDMA devices, memlock limit         server    reachable? which transport, and why; a few bytes moved
-//!   admin     with --dir: what both planes hold
+//!   gauges    with --dir: what both planes hold
 //! ```
 
-mod admin;
 mod host;
 mod server;
 
+use crate::admin::Admin;
 use crate::args::{Connection, Doctor};
 use crate::output::{line, shown};
 use serde_json::{Value, json};
+use std::path::Path;
 
 pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Result<()> {
     let mut connection = connection.clone();
@@ -29,7 +30,7 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
         None => (None, Ok(())),
     };
     let admin = match &args.dir {
-        Some(dir) => Some(admin::gauges(&dir.join("state/admin.sock")).await),
+        Some(dir) => Some(gauges(dir).await),
         None => None,
     };
     if args.json {
@@ -50,7 +51,7 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
             Some(Err(error)) => line(format_args!("server    {}", shown(&format!("{error:#}"))))?,
         }
         match &admin {
-            Some(Ok(gauges)) => admin::print(gauges)?,
+            Some(Ok(gauges)) => print_gauges(gauges)?,
             Some(Err(error)) => line(format_args!("planes    {error:#}"))?,
             None => {}
         }
@@ -60,4 +61,24 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
         (Some(Err(error)), _) | (_, Some(Err(error))) => Err(error),
         _ => trial,
     }
+}
+
+/// What both server processes hold at the moment.
+async fn gauges(dir: &Path) -> anyhow::Result<Value> {
+    Admin::connect(dir).await?.gauges().await
+}
+
+fn print_gauges(gauges: &Value) -> anyhow::Result<()> {
+    for plane in ["control", "dataplane"] {
+        match gauges[plane].as_object() {
+            None => line(format_args!("{plane}: away"))?,
+            Some(all) => {
+                line(format_args!("{plane}:"))?;
+                for (name, value) in all {
+                    line(format_args!("  {name:<40} {value}"))?;
+                }
+            }
+        }
+    }
+    Ok(())
 }

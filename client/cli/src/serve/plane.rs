@@ -11,13 +11,29 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
-/// First wait before a crashed plane is started again; doubles with each crash.
-const BACKOFF_MIN: Duration = Duration::from_millis(200);
+/// First wait before a plane that crashed soon after its start is started again; doubles with each such crash.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
-/// A plane that ran so long is taken to be well: the next crash starts with the shortest wait again.
-const WELL_AFTER: Duration = Duration::from_secs(30);
+/// A plane that ran so long is taken to be well: if it dies it is started again at once, for its clients wait.
+const WELL_AFTER: Duration = Duration::from_secs(1);
 /// From SIGTERM to SIGKILL.
 const STOP_MAX: Duration = Duration::from_secs(10);
+
+/// How long to wait before a plane is started again.
+struct Backoff(Duration);
+
+impl Backoff {
+    /// After a run of `ran`: nothing if the plane was well, else longer each time.
+    fn after(&mut self, ran: Duration) -> Duration {
+        if ran >= WELL_AFTER {
+            self.0 = BACKOFF_MIN;
+            return Duration::ZERO;
+        }
+        let wait = self.0;
+        self.0 = (wait * 2).min(BACKOFF_MAX);
+        wait
+    }
+}
 
 /// A plane's ready line.
 pub(super) struct Ready(pub(super) Value);
@@ -55,7 +71,7 @@ impl Plane {
         ready: mpsc::Sender<Ready>,
         mut stop: watch::Receiver<bool>,
     ) -> anyhow::Result<()> {
-        let (mut backoff, mut was_ready) = (BACKOFF_MIN, false);
+        let (mut backoff, mut was_ready) = (Backoff(BACKOFF_MIN), false);
         loop {
             let started = Instant::now();
             let mut child = match self.spawn() {
@@ -65,10 +81,9 @@ impl Plane {
                     // A program that is just being replaced, or a system short of processes, comes back.
                     tracing::error!(plane = self.name, "{error:#}; it will be tried again");
                     tokio::select! {
-                        () = sleep(backoff) => {}
+                        () = sleep(backoff.after(Duration::ZERO)) => {}
                         _ = stop.changed() => return Ok(()),
                     }
-                    backoff = (backoff * 2).min(BACKOFF_MAX);
                     continue;
                 }
             };
@@ -94,20 +109,17 @@ impl Plane {
             if !was_ready {
                 bail!("holdfast-{} ended before it was ready ({status}); its log above says why", self.name);
             }
-            if started.elapsed() >= WELL_AFTER {
-                backoff = BACKOFF_MIN;
-            }
+            let wait = backoff.after(started.elapsed());
             tracing::error!(
                 plane = self.name,
                 %status,
-                again_ms = u64::try_from(backoff.as_millis()).unwrap_or(u64::MAX),
+                again_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
                 "the plane died; it will be started again"
             );
             tokio::select! {
-                () = sleep(backoff) => {}
+                () = sleep(wait) => {}
                 _ = stop.changed() => return Ok(()),
             }
-            backoff = (backoff * 2).min(BACKOFF_MAX);
         }
     }
 
@@ -140,6 +152,18 @@ impl Plane {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plane_that_was_well_is_started_at_once_and_one_that_was_not_waits_longer_each_time() {
+        let mut backoff = Backoff(BACKOFF_MIN);
+        assert_eq!(backoff.after(WELL_AFTER), Duration::ZERO);
+        let short = WELL_AFTER / 2;
+        assert_eq!([backoff.after(short), backoff.after(short)], [BACKOFF_MIN, BACKOFF_MIN * 2]);
+        assert!((0..20).all(|_| backoff.after(short) <= BACKOFF_MAX));
+        assert_eq!(backoff.after(short), BACKOFF_MAX);
+        assert_eq!(backoff.after(WELL_AFTER), Duration::ZERO);
+        assert_eq!(backoff.after(short), BACKOFF_MIN, "one good run, and all is forgotten");
+    }
 
     #[test]
     fn only_its_own_ready_line_counts() {

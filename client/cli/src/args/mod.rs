@@ -1,11 +1,14 @@
-//! What can be typed.
+//! What can be typed: by everybody here, by a server's operator in [`operator`].
+
+mod operator;
 
 use crate::remote::Remote;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use holdfast_client::{Config, Session, Transport};
-use std::net::IpAddr;
 use std::path::PathBuf;
+
+pub(crate) use operator::{Cert, Doctor, Init, Opens, PlaneGuard, Serve, Sessions};
 
 /// Files over RDMA, through handles that hold.
 #[derive(Parser, Debug)]
@@ -58,6 +61,8 @@ pub(crate) enum Command {
     Cp(Copy),
     Cat(Cat),
     Doctor(Doctor),
+    Opens(Opens),
+    Sessions(Sessions),
     Ls(Ls),
     Stat(Stat),
     Mkdir(Mkdir),
@@ -86,6 +91,8 @@ impl Cli {
             Command::Serve(a) => a.json,
             Command::Cp(a) => a.json,
             Command::Doctor(a) => a.json,
+            Command::Opens(a) => a.json,
+            Command::Sessions(a) => a.json,
             Command::Ls(a) => a.json,
             Command::Stat(a) => a.json,
             Command::Df(a) => a.json,
@@ -93,68 +100,6 @@ impl Cli {
             _ => false,
         }
     }
-}
-
-/// Make a private CA, certificates and configuration files for one server and its first client
-///
-/// Nothing that exists is overwritten. Keys are readable by their owner only.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  holdfast init --dir /srv/holdfast
-  holdfast init --dir /srv/holdfast --volume db=/var/lib/db --address 10.0.0.7 --port 7700")]
-pub(crate) struct Init {
-    /// Where everything goes
-    #[arg(long, value_name = "DIR")]
-    pub(crate) dir: PathBuf,
-    /// A volume to serve; may be repeated [default: data=DIR/data]
-    #[arg(long = "volume", value_name = "NAME=PATH")]
-    pub(crate) volumes: Vec<String>,
-    /// Where the server listens; may be repeated, the client is given the first
-    #[arg(long = "address", value_name = "IP", default_value = "127.0.0.1")]
-    pub(crate) addresses: Vec<IpAddr>,
-    /// Control's port; the data plane gets the next one. 0: any free ports, told when the server is ready
-    #[arg(long, default_value_t = 7700)]
-    pub(crate) port: u16,
-    /// The first client's principal, as its certificate names it
-    #[arg(long, default_value = "client", value_name = "NAME")]
-    pub(crate) principal: String,
-    /// How data channels are protected: header, payload, sealed, or none (for private networks only)
-    #[arg(long, default_value = "header", value_parser = ["none", "header", "payload", "sealed"])]
-    pub(crate) mac_policy: String,
-}
-
-/// Issue a certificate for another client, from a CA that `init` made
-#[derive(Args, Debug)]
-#[command(after_help = "Example:
-  holdfast cert --dir /srv/holdfast --principal backup")]
-pub(crate) struct Cert {
-    /// The directory given to `init`
-    #[arg(long, value_name = "DIR")]
-    pub(crate) dir: PathBuf,
-    /// The client's principal
-    #[arg(long, value_name = "NAME")]
-    pub(crate) principal: String,
-}
-
-/// Start both server processes and watch over them until SIGTERM or SIGINT
-///
-/// A process that dies is started again, later each time; the other keeps every open alive meanwhile.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  holdfast serve --dir /srv/holdfast
-  holdfast serve --dir /srv/holdfast --json   # one JSON line from each process when it is ready, then one for all
-
-On SIGTERM the data plane stops first, then control; what has not stopped after 10 seconds is killed. Exit code 0.")]
-pub(crate) struct Serve {
-    /// The directory given to `init`
-    #[arg(long, value_name = "DIR")]
-    pub(crate) dir: PathBuf,
-    /// Where holdfast-control and holdfast-dataplane are [default: beside this program]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) bin_dir: Option<PathBuf>,
-    /// Tell readiness as JSON lines
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// Copy files and trees to or from a volume
@@ -215,23 +160,6 @@ pub(crate) struct Cat {
     /// How bytes travel: auto, verbs or tcp [default: the configuration's]
     #[arg(long)]
     pub(crate) transport: Option<Transport>,
-}
-
-/// Tell whether RDMA is in use, and if not, why
-///
-/// Looks at this host's RDMA devices and limits, connects to the server, binds a data channel and moves a few bytes as any
-/// client would. With --dir, on the server's host, shows what both server processes hold.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  holdfast doctor
-  holdfast doctor --dir /srv/holdfast --json")]
-pub(crate) struct Doctor {
-    /// The server's directory, as given to `init`; its client.toml is used unless --config is given
-    #[arg(long, value_name = "DIR")]
-    pub(crate) dir: Option<PathBuf>,
-    /// One JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// List a directory, or one file
@@ -333,17 +261,6 @@ pub(crate) struct Volumes {
     /// A JSON array
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// (internal) Ask the kernel to end this process with its parent, then become PROGRAM
-#[derive(Args, Debug)]
-pub(crate) struct PlaneGuard {
-    /// Process id of the parent
-    #[arg(long)]
-    pub(crate) parent: i32,
-    /// What to become
-    #[arg(required = true, trailing_var_arg = true)]
-    pub(crate) command: Vec<std::ffi::OsString>,
 }
 
 #[cfg(test)]
