@@ -26,8 +26,9 @@ pub(super) struct FileLocks {
     pub(super) held: Locks,
     /// The pieces once more, by owner.
     pub(super) processes: BTreeMap<Process, Pieces>,
-    /// How many locks each open has.
+    /// How many locks each open has, and all together.
     pub(super) opens: BTreeMap<OpenId, usize>,
+    pub(super) total: usize,
     /// First come, first served.
     pub(super) queue: Vec<Waiter>,
 }
@@ -35,10 +36,6 @@ pub(super) struct FileLocks {
 impl FileLocks {
     pub(super) fn is_empty(&self) -> bool {
         self.held.is_empty() && self.queue.is_empty()
-    }
-
-    pub(super) fn locks(&self) -> usize {
-        self.opens.values().sum()
     }
 
     /// The opens that hold what stands in the way of a batch.
@@ -197,36 +194,46 @@ impl FileLocks {
         let open_too_many = opens.into_iter().any(|(open, change)| {
             too_many(self.opens.get(&open).copied().unwrap_or(0), change, limits.per_open)
         });
-        if open_too_many || too_many(self.locks(), file, limits.per_file) {
+        if open_too_many || too_many(self.total, file, limits.per_file) {
             return Err(LockError::Full);
         }
         Ok(())
     }
 
+    /// Takes steps that were found good. Answers whose locks differ in the end: steps may undo one another.
     fn take_steps(&mut self, steps: Steps) -> Vec<OpenId> {
-        let mut changed = BTreeSet::new();
+        let mut changes: BTreeMap<(LockOwner, LockItem), (usize, usize)> = BTreeMap::new();
         for step in steps {
-            let open = match step {
-                Step::Add(owner, item) => {
-                    self.held.add(&owner, item);
-                    *self.opens.entry(owner.open()).or_default() += 1;
-                    owner.open()
-                }
-                Step::Take(owner, item) => {
-                    if self.held.take(&owner, item)
-                        && let Some(count) = self.opens.get_mut(&owner.open())
-                    {
-                        *count = count.saturating_sub(1);
-                    }
-                    owner.open()
-                }
-            };
-            if self.opens.get(&open) == Some(&0) {
-                self.opens.remove(&open);
+            match step {
+                Step::Add(owner, item) => changes.entry((owner, item)).or_default().0 += 1,
+                Step::Take(owner, item) => changes.entry((owner, item)).or_default().1 += 1,
             }
-            changed.insert(open);
+        }
+        let mut changed = BTreeSet::new();
+        for ((owner, item), (more, less)) in changes {
+            for _ in less..more {
+                self.held.add(&owner, item);
+                self.count(owner.open(), |count| count.saturating_add(1));
+            }
+            for _ in more..less {
+                let taken = self.held.take(&owner, item);
+                debug_assert!(taken, "what is taken was there");
+                self.count(owner.open(), |count| count.saturating_sub(1));
+            }
+            if more != less {
+                changed.insert(owner.open());
+            }
         }
         changed.into_iter().collect()
+    }
+
+    fn count(&mut self, open: OpenId, step: fn(usize) -> usize) {
+        self.total = step(self.total);
+        let count = self.opens.entry(open).or_default();
+        *count = step(*count);
+        if *count == 0 {
+            self.opens.remove(&open);
+        }
     }
 }
 

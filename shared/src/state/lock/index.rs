@@ -61,8 +61,8 @@ impl ByLength {
         true
     }
 
-    /// The owners of locks that `range` overlaps, an owner once for each range of its own.
-    fn over(&self, range: LockRange) -> impl Iterator<Item = &LockOwner> {
+    /// The locks that `range` overlaps, a stack as one.
+    fn over(&self, range: LockRange) -> impl Iterator<Item = (&LockOwner, LockRange)> {
         let end = u64::try_from(range.end()).unwrap_or(u64::MAX);
         self.0.iter().flat_map(move |(class, ranges)| {
             let reach = range.offset().saturating_sub(Self::longest(*class));
@@ -71,7 +71,7 @@ impl ByLength {
                 .range(LockRange::before(reach)..)
                 .take_while(move |(there, _)| there.offset() <= end)
                 .filter(move |(there, _)| there.overlaps(range))
-                .flat_map(|(_, owners)| owners.keys())
+                .flat_map(|(there, owners)| owners.keys().map(move |owner| (owner, *there)))
         })
     }
 }
@@ -118,7 +118,8 @@ impl Locks {
         self.exclusive
             .over(item.range)
             .chain(shared.into_iter().flatten())
-            .filter(|other| !owner.is_one_with(other))
+            .filter(move |(other, range)| !owner.goes_with(item.range, other, *range))
+            .map(|(other, _)| other)
     }
 
     /// Every lock, those of one stack one by one.

@@ -21,7 +21,8 @@
 //!   upgrade and downgrade included; they conflict with those of other owners only. Unlocking what is not locked is
 //!   fine. There is no zero length.
 //!
-//! If both meet in one file (it is on two volumes), they conflict as different owners do.
+//! If both meet in one file (it is on two volumes), they conflict as different owners do, byte by byte: zero-length
+//! locks do not count then.
 //!
 //! | module | question it answers |
 //! |---|---|
@@ -60,6 +61,12 @@ pub struct LockLimits {
     pub per_file: usize,
     /// Requests that wait for one file.
     pub waiters_per_file: usize,
+}
+
+impl LockLimits {
+    /// No limit: for replaying a journal, whose locks were promised under whatever limits held then.
+    pub const NONE: Self =
+        Self { batch: usize::MAX, per_open: usize::MAX, per_file: usize::MAX, waiters_per_file: usize::MAX };
 }
 
 impl Default for LockLimits {
@@ -150,6 +157,11 @@ impl LockTable {
     /// A table without locks.
     pub fn new(limits: LockLimits) -> Self {
         Self { limits, files: BTreeMap::new(), waiters: BTreeMap::new() }
+    }
+
+    /// Sets other limits. What is there already stays, if it is more.
+    pub fn set_limits(&mut self, limits: LockLimits) {
+        self.limits = limits;
     }
 
     /// Does something with a file's locks, and keeps no file that has none.
@@ -300,7 +312,7 @@ impl LockTable {
     pub fn counts(&self) -> LockCounts {
         LockCounts {
             files: self.files.len(),
-            locks: self.files.values().map(FileLocks::locks).sum(),
+            locks: self.files.values().map(|locks| locks.total).sum(),
             waiters: self.waiters.len(),
         }
     }

@@ -1,6 +1,6 @@
 //! Who holds a lock.
 
-use crate::types::{OpenId, ProcessId};
+use crate::types::{LockRange, OpenId, ProcessId};
 use std::sync::Arc;
 
 /// The holder of a lock. The volume's mode says which of the two a request's owner is.
@@ -50,8 +50,13 @@ impl LockOwner {
         }
     }
 
-    /// True if locks of the two never stand in each other's way: one POSIX owner.
-    pub(super) fn is_one_with(&self, other: &Self) -> bool {
-        matches!((self, other), (Self::Process { process: a, .. }, Self::Process { process: b, .. }) if a == b)
+    /// True if locks of the two are never in each other's way: those of one POSIX owner; and one of a POSIX owner
+    /// with one of an open that has no byte. POSIX knows bytes only, and pieces join over the place between two.
+    pub(super) fn goes_with(&self, range: LockRange, other: &Self, others: LockRange) -> bool {
+        match (self, other) {
+            (Self::Process { process: a, .. }, Self::Process { process: b, .. }) => a == b,
+            (Self::Open { .. }, Self::Open { .. }) => false,
+            _ => range.is_empty() || others.is_empty(),
+        }
     }
 }
