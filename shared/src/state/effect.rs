@@ -1,9 +1,9 @@
 //! What the authority wants done.
 
 use super::input::FileIdentity;
-use crate::journal::record::Record;
 use super::operation::OperationId;
 use super::table::FileId;
+use crate::journal::record::Record;
 use crate::types::{Access, Disposition, FileTime, SessionId, Status, VolumeId, VolumePath};
 use crate::wire::control::Reply;
 use crate::wire::link::{Fence, Grant, LinkBinding, Restrict};

@@ -26,6 +26,7 @@
 //! | `fence` | when is a binding, and with it an open, surely over? |
 //! | `names` | when may a name be removed or renamed, or a file's size be changed? |
 
+mod checkpoint;
 mod effect;
 mod fence;
 mod input;
@@ -35,6 +36,7 @@ pub mod lock;
 mod names;
 mod open;
 mod operation;
+mod recovery;
 mod redeem;
 pub mod rules;
 mod session;
@@ -42,12 +44,17 @@ mod share;
 mod table;
 #[cfg(test)]
 mod tests;
+mod views;
 
+pub use checkpoint::Cursor;
 pub use effect::{Changes, Effect, Located, Subject, Work};
-pub use input::{FileIdentity, FileOpened, Fresh, Input, SessionBegan};
+pub use input::{FileIdentity, FileOpened, Fresh, Input, Inspected, Reopen, SessionBegan};
 pub use limits::Limits;
 pub use operation::OperationId;
+pub use recovery::{Recovery, RecoveryError};
+pub use rules::{LockMode, Right, VolumeRules};
 pub use table::FileId;
+pub use views::{BindingView, OpenState, OpenView, SessionView};
 
 use crate::auth::Keyring;
 use crate::types::{SessionId, Status, Timestamp};
@@ -129,7 +136,7 @@ impl Authority {
             Input::Resolved { operation, result } => self.names_resolved(operation, result, effects),
             Input::Performed { operation, result } => self.performed(operation, result, effects),
             Input::DataplaneMayLive => self.unknown_bindings = true,
-            Input::LinkUp { service_blob } => {
+            Input::LinkUp { service_blob, .. } => {
                 self.lose_link(effects);
                 self.service_blob = Some(service_blob);
             }
@@ -138,6 +145,12 @@ impl Authority {
             Input::Redeem { redeem, fresh } => self.redeem(&redeem, &fresh, effects),
             Input::Fenced(fence) => self.fenced(fence, effects),
             Input::Released(binding) => self.released(binding, effects),
+            Input::Persisted(_)
+            | Input::JournalRoom(_)
+            | Input::Restricted(_)
+            | Input::Inspected { .. }
+            | Input::Reopened { .. }
+            | Input::ForceClose(_) => {}
         }
     }
 

@@ -199,7 +199,7 @@ impl Authority {
             }
             stage => return self.operations.insert(id, Operation { asker, principal, stage }),
         };
-        let FileOpened { identity, attributes, created } = match result {
+        let FileOpened { identity, attributes, created, .. } = match result {
             Ok(opened) => opened,
             Err(refused) => return self.give_up(*opening, &refused, effects),
         };
@@ -326,6 +326,8 @@ impl Authority {
             hold_ms: 0,
             attributes,
             key: self.key_grant(id, open, fresh),
+            class: crate::types::HoldClass::Hold,
+            epoch: open.epoch,
         };
         asker.answer(Reply::Opened(opened), effects);
     }

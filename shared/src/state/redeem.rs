@@ -44,7 +44,20 @@ impl Authority {
         let binding = Binding { epoch: answer.epoch, transcript, fencing: false };
         let binding = self.opens.bind(id, binding).ok_or(Status::BadKey)?;
         let BindAnswer { handle, epoch, access, policy } = answer;
-        Ok((file, Grant { binding, open: id, handle, epoch, access, policy, proof, keys }))
+        let grant = Grant {
+            binding,
+            open: id,
+            handle,
+            epoch,
+            access,
+            policy,
+            proof,
+            keys,
+            rules: Vec::new(),
+            rules_version: 0,
+            transcript,
+        };
+        Ok((file, grant))
     }
 
     /// The open whose key was proven, and the digest of the transcript; `None` says nothing about why.

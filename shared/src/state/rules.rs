@@ -15,6 +15,16 @@ pub enum Right {
     ReadWrite,
 }
 
+/// What locks mean on a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LockMode {
+    /// Reads and writes that a lock forbids are refused, whoever asks: as in SMB.
+    #[default]
+    Mandatory,
+    /// Locks count against locks only: as with POSIX `fcntl`.
+    Advisory,
+}
+
 /// One volume.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VolumeRules {
@@ -26,6 +36,12 @@ pub struct VolumeRules {
     pub policy: MacPolicy,
     /// Who may use it. A principal that is not here may not.
     pub grants: BTreeMap<String, Right>,
+    /// What locks mean.
+    pub lock_mode: LockMode,
+    /// How long a detached open is held if its client did not say, milliseconds.
+    pub hold_default_ms: u64,
+    /// The longest that a client may ask for, milliseconds.
+    pub hold_max_ms: u64,
 }
 
 /// All volumes, by name.

@@ -156,6 +156,11 @@ impl Authority {
             Request::MakeSymlink(make) => self.work_at(asker, &make.place, Right::ReadWrite, effects, |at| {
                 Work::MakeSymlink(at, make.text)
             }),
+            Request::Resume(_)
+            | Request::Lock(_)
+            | Request::Unlock(_)
+            | Request::CancelLock(_)
+            | Request::Logoff => Err(refusal(Status::Unsupported, "")),
             Request::ReadSymlink(place) => {
                 self.work_at(asker, &place, Right::Read, effects, Work::ReadSymlink)
             }
