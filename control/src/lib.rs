@@ -21,6 +21,7 @@ pub mod driver;
 mod errno;
 pub mod gauges;
 mod half_open;
+pub mod journal;
 pub mod link;
 pub mod secrets;
 pub mod server;

@@ -189,7 +189,8 @@ proptest! {
         journal.commit().unwrap();
         let names = disk.list().unwrap();
         let name = &names[usize::try_from(place % names.len() as u64).unwrap()];
-        let bits = disk.bytes(name).unwrap().len() as u64 * 8;
+        let written = disk.bytes(name).unwrap().iter().rposition(|byte| *byte != 0).unwrap() as u64;
+        let bits = (written + 1) * 8;
         disk.flip(name, (place >> 8) % bits);
         match model.recover(&disk) {
             Ok(recovery) => prop_assert!(recovery.summary().last_sequence >= before_last),
