@@ -1,7 +1,9 @@
 //! A directory of a file system as the journal's disk.
 
 use holdfast_shared::journal::{Disk, DiskError};
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fdatasync, fsync, openat, unlinkat};
+use rustix::fs::{
+    FallocateFlags, FlockOperation, Mode, OFlags, fallocate, fdatasync, flock, fsync, openat, unlinkat,
+};
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -49,10 +51,11 @@ fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Err
 }
 
 impl FileDisk {
-    /// Opens the directory, or makes it. Without `sync` nothing is ever waited for: for measurements.
+    /// Opens the directory, or makes it, and keeps other processes out of it: it may lie elsewhere than the state
+    /// directory, whose lock then does not cover it. Without `sync` nothing is ever waited for: for measurements.
     ///
     /// # Errors
-    /// If the directory cannot be made or opened.
+    /// If the directory cannot be made or opened, or is in use.
     pub fn open(path: &Path, sync: bool) -> std::io::Result<Self> {
         match std::fs::DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => {
@@ -64,6 +67,10 @@ impl FileDisk {
         }
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let directory = openat(rustix::fs::CWD, path, flags, Mode::empty())?;
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Err(std::io::Error::other("another process uses this journal")),
+            locked => locked?,
+        }
         Ok(Self { path: path.to_owned(), directory, sync })
     }
 
@@ -150,6 +157,7 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert!(disk.create("a").is_err(), "a file is never made twice");
+        assert!(FileDisk::open(&path, true).is_err(), "one journal has one writer");
         disk.write_at(&file, 0, b"head").unwrap();
         disk.allocate(&file, 4, 100_000).unwrap();
         write_zeros(&file, 100_004, 150_000).unwrap();

@@ -10,7 +10,7 @@
 //! more is done by one. What the records mean is the authority's; how they are laid out and read back is
 //! [`holdfast_shared::journal`].
 //!
-//! The state directory's lock keeps other processes out: hold [`crate::secrets::StateDir`] as long as the journal.
+//! The directory is locked while a journal in it is read or written.
 
 mod disk;
 #[cfg(test)]

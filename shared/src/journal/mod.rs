@@ -8,7 +8,8 @@
 //!  recover ◄── newest finished checkpoint and all after it, up to the last whole record
 //! ```
 //!
-//! * [`layout`]: the bytes of the files. `read`, `recover`, `write`: the code for both ways.
+//! * [`layout`]: the bytes of the files. `segment`, `write`: the way out. `read`, `find`, `recover`: the way
+//!   back.
 //! * [`Disk`]: what it needs from a disk. With the feature `simulation`, [`sim`] is one that crashes, tears, forgets,
 //!   flips bits and fills up.
 //! * [`record`]: what the records say.
@@ -17,10 +18,12 @@
 //! not committed is found again only as an unbroken run behind what was.
 
 mod disk;
+mod find;
 pub mod layout;
 mod read;
 pub mod record;
 mod recover;
+mod segment;
 #[cfg(any(test, feature = "simulation"))]
 pub mod sim;
 #[cfg(test)]
@@ -28,6 +31,8 @@ mod tests;
 mod write;
 
 pub use disk::{Disk, DiskError};
+pub use find::RecoverError;
 pub use layout::{PAYLOAD_BYTES_MAX, framed_bytes};
-pub use recover::{Cut, RecoverError, Recovered, Recovery, Summary, recover};
-pub use write::{Committed, Journal, Options, PENDING_BYTES_MAX, RELEASE_RESERVE_BYTES, Room, WriteError};
+pub use recover::{Cut, Recovered, Recovery, Summary, recover};
+pub use segment::{Options, RELEASE_RESERVE_BYTES};
+pub use write::{Committed, Journal, PENDING_BYTES_MAX, Room, WriteError};
