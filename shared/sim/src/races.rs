@@ -1,0 +1,1 @@
+//! Two that race.
