@@ -174,4 +174,15 @@ mod tests {
         disk.remove("a").unwrap();
         assert_eq!(disk.list().unwrap(), ["link"]);
     }
+
+    /// Whether the kernel is asked at all: of a pipe, which has no disk, it refuses it.
+    #[test]
+    fn a_sync_asks_the_kernel_unless_it_is_switched_off() {
+        for (sync, refused) in [(true, true), (false, false)] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            let disk = FileDisk { path: PathBuf::new(), directory: reader.into(), sync };
+            assert_eq!(disk.sync_data(&File::from(OwnedFd::from(writer))).is_err(), refused);
+            assert_eq!(disk.sync_directory().is_err(), refused);
+        }
+    }
 }
