@@ -13,9 +13,7 @@
 
 use crate::auth::MacPolicy;
 use crate::state::FileIdentity;
-use crate::types::{
-    Evidence, GoneReason, HoldClass, LockItem, LockRange, OpenId, ProcessId, VolumeId,
-};
+use crate::types::{Evidence, GoneReason, HandleId, HoldClass, LockItem, LockRange, OpenId, ProcessId, VolumeId};
 use crate::wire::control;
 use minicbor::{Decode, Encode};
 
@@ -134,6 +132,9 @@ pub struct OpenRecord {
     /// Numbers of the latest changes of its locks that were executed.
     #[n(20)]
     pub sequences: Vec<u64>,
+    /// Handles of bindings that outlived a resume: they count as current, whatever their epoch.
+    #[n(21)]
+    pub kept: Vec<HandleId>,
 }
 
 /// Silent about challenge and sealed secret.
@@ -164,6 +165,9 @@ pub struct ResumedRecord {
     /// How the file looks now.
     #[n(3)]
     pub evidence: Evidence,
+    /// See [`OpenRecord::kept`].
+    #[n(4)]
+    pub kept: Vec<HandleId>,
 }
 
 /// See [`Record::Locked`].
