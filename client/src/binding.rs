@@ -1,19 +1,30 @@
 //! [`Binding`]: a handle of an open on one channel; reads, writes and flushes go through it.
+//!
+//! ```text
+//!   Binding ── seat (swapped when bound again) ──► Seat: number and keys on one connection ──► channel
+//!      │                                                                                   │
+//!      └── InFlight: the request, and what it takes to make it again ◄── answer, or none ──┘
+//! ```
 
 use crate::Region;
-use crate::bind::{self, BindRequest, BindingCore};
-use crate::channel::request::{Bounce, Done, Fetched, Purpose, Request, Source};
+use crate::bind::BindingCore;
+use crate::channel::home::Home;
+use crate::channel::request::{Bounce, Fetched, Purpose, Request, Source};
 use crate::channel::{DataChannel, InFlight, Reply, Shared};
 use crate::claim::Claim;
 use crate::error::{Error, Result};
 use crate::open::Open;
+use crate::recovery::Patience;
+use crate::recovery::rebind::{self, Trials};
+use crate::recovery::reissue::{Again, Piece};
+use arc_swap::ArcSwap;
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, HandleId, RegionDescriptor, Status};
 use holdfast_transport::Registration;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Smallest bounce region.
 const BOUNCE_MIN: usize = 64 << 10;
@@ -22,6 +33,10 @@ const PIECES_MAX: usize = 16;
 
 /// A live handle of an [`Open`] on one [`DataChannel`]. Cheap to clone; all clones are the same handle. It keeps its
 /// open and its channel alive.
+///
+/// When its channel ends, or the server fences it, the next request (or one under way) binds again, with a new handle, and is
+/// made again: reads always, writes while nobody else can have written since. Requests wait for that, as
+/// [`crate::Config::recovery`] says.
 ///
 /// [`Binding::unbind`] waits for the server's word; dropping the last clone gives the handle back without waiting.
 ///
@@ -40,24 +55,60 @@ pub struct Binding {
     inner: Arc<Inner>,
 }
 
-struct Inner {
-    core: Arc<BindingCore>,
-    channel: Arc<Shared>,
+pub(crate) struct Inner {
+    pub(crate) seat: ArcSwap<Seat>,
+    pub(crate) home: Arc<Home>,
     /// Kept alive; `None` only in tests of the channel alone.
-    _open: Option<Open>,
+    pub(crate) open: Option<Open>,
+    pub(crate) access: Access,
+    /// One binds again; the others wait for it.
+    pub(crate) rebinding: tokio::sync::Mutex<()>,
     unbound: AtomicBool,
+}
+
+/// A binding as one connection knows it.
+pub(crate) struct Seat {
+    pub(crate) core: Arc<BindingCore>,
+    pub(crate) channel: Arc<Shared>,
+    /// The open's last resume that it is known to have lived through.
+    incarnation: AtomicU64,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         if !*self.unbound.get_mut() {
-            self.channel.unbind_later(Arc::clone(&self.core));
+            let seat = self.seat.load();
+            seat.channel.unbind_later(Arc::clone(&seat.core));
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn is_unbound(&self) -> bool {
+        self.unbound.load(Ordering::Acquire)
+    }
+
+    /// The handle, if the binding is of use.
+    pub(crate) fn handle_if_live(&self) -> Option<HandleId> {
+        let seat = self.seat.load();
+        let live = !self.is_unbound() && seat.core.fenced().is_none() && seat.channel.why_ended().is_none();
+        live.then_some(seat.core.handle)
+    }
+
+    /// The open was resumed, and these bindings were kept.
+    pub(crate) fn resumed(&self, incarnation: u64, kept: &[HandleId]) {
+        let seat = self.seat.load();
+        if kept.contains(&seat.core.handle) {
+            seat.incarnation.fetch_max(incarnation, Ordering::AcqRel);
+        } else {
+            // The server has done so already: no request needs to find out.
+            seat.core.fence(Status::Fenced);
         }
     }
 }
 
 impl Open {
-    /// Binds a channel to this open with all access that it has.
+    /// Binds a channel to this open with all access that it has. Waits for a server that is away, as the policy says.
     ///
     /// # Errors
     /// [`Status::BadKey`] if the server does not take the key; [`Status::BadProof`] (the channel has ended) if the
@@ -71,60 +122,119 @@ impl Open {
     /// # Errors
     /// As [`Open::bind`].
     pub async fn bind_with_access(&self, channel: &DataChannel, access: Access) -> Result<Binding> {
-        let grant = self.grant();
-        let request = BindRequest {
-            resume_key: &grant.resume_key,
-            open_challenge: &grant.challenge,
-            volume: grant.volume,
-            policy: grant.policy,
-            access,
-            secret: self.bind_secret(),
+        let mut patience = Patience::new(self.session().config());
+        let seat = rebind::seat(self, &channel.home, access, None, &mut patience).await?;
+        let binding = Binding::new(seat, channel, access, Some(self.clone()));
+        let mut all = self.inner.bindings.lock();
+        // Bounded by what lives.
+        all.retain(|binding| binding.strong_count() > 0);
+        all.push(Arc::downgrade(&binding.inner));
+        Ok(binding)
+    }
+}
+
+impl Seat {
+    pub(crate) fn new(core: Arc<BindingCore>, channel: Arc<Shared>, incarnation: u64) -> Self {
+        Self { core, channel, incarnation: AtomicU64::new(incarnation) }
+    }
+
+    /// True if requests of this seat, whose answers will not come, may still be carried out. `instance`: the data plane that is
+    /// there now; `incarnation`: how often the open was resumed.
+    pub(crate) fn may_still_write(&self, instance: &[u8; 16], incarnation: u64) -> bool {
+        self.core.access.contains(Access::WRITE)
+            && self.channel.why_ended().is_some()
+            && self.channel.facts.instance == *instance
+            && self.core.fenced().is_none()
+            && self.incarnation.load(Ordering::Acquire) == incarnation
+    }
+
+    /// Longest piece one request moves, bytes.
+    pub(crate) fn piece_max(&self) -> usize {
+        self.channel.piece_max(self.core.policy.covers_payload())
+    }
+
+    /// Puts one piece in flight.
+    pub(crate) async fn submit(&self, piece: &Piece) -> Result<Reply> {
+        let length =
+            u32::try_from(piece.length).map_err(|_| Error::Internal("a checked piece is too long"))?;
+        if piece.write { self.write(piece, length).await } else { self.read(piece, length).await }
+    }
+
+    async fn read(&self, piece: &Piece, length: u32) -> Result<Reply> {
+        let (channel, region) = (&self.channel, &piece.region);
+        let registration = region.registration(channel)?;
+        let remote = part(&registration, piece.start, length)?;
+        let purpose =
+            Purpose::Read { region: region.clone(), start: piece.start, length, _registration: registration };
+        channel.submit(Some(&self.core), Request::Read { offset: piece.offset, remote }, purpose).await
+    }
+
+    async fn write(&self, piece: &Piece, length: u32) -> Result<Reply> {
+        let (channel, region, start) = (&self.channel, &piece.region, piece.start);
+        let bounce;
+        let (source, fetched) = if piece.length <= channel.inline_max() {
+            (Source::Inline { region, start }, Fetched::Inline)
+        } else if self.core.policy == MacPolicy::Sealed {
+            let taken = take_bounce(channel, piece.length).await?;
+            bounce = taken.region.clone();
+            let remote = part(&taken.registration, 0, length)?;
+            (Source::Bounced { region, start, bounce: &bounce, remote }, Fetched::Bounce { _bounce: taken })
+        } else {
+            let registration = region.registration(channel)?;
+            let remote = part(&registration, start, length)?;
+            (Source::Fetch { region, start, remote }, Fetched::Region { _registration: registration })
         };
-        let core = bind::bind(&channel.shared, &request).await?;
-        Ok(Binding::new(core, channel, Some(self.clone())))
+        let request = Request::Write { offset: piece.offset, length, source };
+        channel.submit(Some(&self.core), request, Purpose::Write { length, _fetched: fetched }).await
     }
 }
 
 impl Binding {
-    pub(crate) fn new(core: Arc<BindingCore>, channel: &DataChannel, open: Option<Open>) -> Self {
-        let channel = Arc::clone(&channel.shared);
-        Self { inner: Arc::new(Inner { core, channel, _open: open, unbound: AtomicBool::new(false) }) }
+    pub(crate) fn new(seat: Seat, channel: &DataChannel, access: Access, open: Option<Open>) -> Self {
+        let inner = Inner {
+            seat: ArcSwap::from_pointee(seat),
+            home: Arc::clone(&channel.home),
+            open,
+            access,
+            rebinding: tokio::sync::Mutex::default(),
+            unbound: AtomicBool::new(false),
+        };
+        Self { inner: Arc::new(inner) }
     }
 
-    /// This handle's volatile id.
+    /// This handle's volatile id: another one when it was bound again.
     pub fn handle(&self) -> HandleId {
-        self.inner.core.handle
+        self.inner.seat.load().core.handle
     }
 
     /// The binding's fencing epoch.
     pub fn epoch(&self) -> u64 {
-        self.inner.core.epoch
+        self.inner.seat.load().core.epoch
     }
 
     /// The access granted.
     pub fn access(&self) -> Access {
-        self.inner.core.access
+        self.inner.seat.load().core.access
     }
 
     /// What protects its frames.
     pub fn policy(&self) -> MacPolicy {
-        self.inner.core.policy
+        self.inner.seat.load().core.policy
     }
 
-    /// Changes when the data plane restarts. A client that binds again and sees another value repeats the writes
-    /// that it has not flushed.
+    /// Changes when what was written and not flushed may be lost. [`Binding::flush`] compares it by itself.
     pub fn verifier(&self) -> u64 {
-        self.inner.core.verifier
+        self.inner.seat.load().core.verifier
     }
 
-    /// Why the server fenced it, if it did; every further request is refused.
+    /// Why the server fenced it, if it did and no request has bound it again since.
     pub fn fenced(&self) -> Option<Status> {
-        self.inner.core.fenced()
+        self.inner.seat.load().core.fenced()
     }
 
     /// Longest piece one request moves, bytes.
     pub fn piece_max(&self) -> usize {
-        self.inner.channel.piece_max(self.policy().covers_payload())
+        self.inner.seat.load().piece_max()
     }
 
     /// Puts one read in flight: the server places file bytes from `file_offset` on into `range` of the region.
@@ -138,20 +248,11 @@ impl Binding {
         range: Range<usize>,
         file_offset: u64,
     ) -> Result<InFlight> {
-        let Some(length) = self.check_piece(region, &range, file_offset)? else {
-            return Ok(InFlight::nothing());
-        };
-        let channel = &self.inner.channel;
-        let registration = region.registration(channel)?;
-        let remote = part(&registration, range.start, length)?;
-        let purpose =
-            Purpose::Read { region: region.clone(), start: range.start, length, _registration: registration };
-        let request = Request::Read { offset: file_offset, remote };
-        Ok(InFlight::new(channel.submit(Some(&self.inner.core), request, purpose).await?))
+        self.submit(region, range, file_offset, false).await
     }
 
-    /// Puts one write in flight: the bytes of `range` go to the file from `file_offset` on. Small ones are copied into
-    /// the request; else the server fetches them, and the region must stay as it is until the future resolves.
+    /// Puts one write in flight: the bytes of `range` go to the file from `file_offset` on. The server fetches them, and
+    /// they may be needed again: they must stay as they are until the future resolves.
     ///
     /// # Errors
     /// As [`Binding::submit_read`].
@@ -161,39 +262,36 @@ impl Binding {
         range: Range<usize>,
         file_offset: u64,
     ) -> Result<InFlight> {
-        let Some(length) = self.check_piece(region, &range, file_offset)? else {
-            return Ok(InFlight::nothing());
-        };
-        let (channel, start) = (&self.inner.channel, range.start);
-        let bounce;
-        let (source, fetched) = if length as usize <= channel.inline_max() {
-            (Source::Inline { region, start }, Fetched::Inline)
-        } else if self.policy() == MacPolicy::Sealed {
-            let taken = take_bounce(channel, length as usize).await?;
-            bounce = taken.region.clone();
-            let remote = part(&taken.registration, 0, length)?;
-            (Source::Bounced { region, start, bounce: &bounce, remote }, Fetched::Bounce { _bounce: taken })
-        } else {
-            let registration = region.registration(channel)?;
-            let remote = part(&registration, start, length)?;
-            (Source::Fetch { region, start, remote }, Fetched::Region { _registration: registration })
-        };
-        let request = Request::Write { offset: file_offset, length, source };
-        let purpose = Purpose::Write { length, _fetched: fetched };
-        Ok(InFlight::new(channel.submit(Some(&self.inner.core), request, purpose).await?))
+        self.submit(region, range, file_offset, true).await
     }
 
-    /// The length of one piece; `None` if it is empty.
-    fn check_piece(&self, region: &Region, range: &Range<usize>, file_offset: u64) -> Result<Option<u32>> {
-        let length = region.check(range)?;
+    async fn submit(
+        &self,
+        region: &Region,
+        range: Range<usize>,
+        file_offset: u64,
+        write: bool,
+    ) -> Result<InFlight> {
+        let inner = &self.inner;
+        // Shut while the file is found changed, or the open is over.
+        let begun = inner.open.as_ref().map_or(Ok(0), |open| open.inner.gate.check())?;
+        let seat = inner.seat.load_full();
+        let length = region.check(&range)?;
         ByteRange::new(file_offset, length as u64).map_err(|error| Error::Usage(error.to_string()))?;
-        match u32::try_from(length) {
-            Ok(0) => Ok(None),
-            Ok(length) if length as usize <= self.piece_max() => Ok(Some(length)),
-            _ => Err(Error::Usage(format!(
-                "{length} bytes are more than one request moves ({})",
-                self.piece_max()
-            ))),
+        if length == 0 {
+            return Ok(InFlight::nothing());
+        }
+        if length > seat.piece_max() {
+            let max = seat.piece_max();
+            return Err(Error::Usage(format!("{length} bytes are more than one request moves ({max})")));
+        }
+        let piece = Piece { region: region.clone(), start: range.start, length, offset: file_offset, write };
+        let submitted = seat.submit(&piece).await;
+        let again = Again { binding: Arc::clone(inner), seat, piece, begun };
+        match submitted {
+            Ok(reply) => Ok(InFlight::new(reply, again)),
+            Err(error) if again.is_wanted(&error) => Ok(InFlight::unsent(again)),
+            Err(error) => Err(error),
         }
     }
 
@@ -217,28 +315,32 @@ impl Binding {
     }
 
     async fn in_pieces(&self, region: &Region, range: Range<usize>, at: u64, write: bool) -> Result<usize> {
-        let (length, piece) = (region.check(&range)?, self.piece_max());
+        let length = region.check(&range)?;
         ByteRange::new(at, length as u64).map_err(|error| Error::Usage(error.to_string()))?;
-        let submit = async |start: usize| {
-            let part = start..range.end.min(start + piece);
+        let submit = async |start: usize| loop {
+            let part = start..range.end.min(start + self.piece_max());
             let (wanted, offset) = (part.len(), at + (start - range.start) as u64);
-            let request = if write {
-                self.submit_write(region, part, offset).await?
-            } else {
-                self.submit_read(region, part, offset).await?
-            };
-            Ok::<_, Error>((wanted, request))
+            match self.submit(region, part, offset, write).await {
+                // Bound again this very moment, to a server that takes less at once.
+                Err(Error::Usage(_)) if wanted > self.piece_max() => {}
+                submitted => return Ok::<_, Error>((wanted, submitted?)),
+            }
         };
-        if length <= piece {
-            return submit(range.start).await?.1.await;
+        if length <= self.piece_max() {
+            let (wanted, request) = submit(range.start).await?;
+            if wanted == length {
+                return request.await;
+            }
+            let _ = request.await;
         }
         let mut in_flight = VecDeque::with_capacity(PIECES_MAX);
         let moved = async {
             let (mut next, mut total) = (range.start, 0);
             loop {
                 while next < range.end && in_flight.len() < PIECES_MAX {
-                    in_flight.push_back(submit(next).await?);
-                    next += piece;
+                    let (wanted, request) = submit(next).await?;
+                    in_flight.push_back((wanted, request));
+                    next += wanted;
                 }
                 let Some((wanted, request)) = in_flight.pop_front() else { return Ok(total) };
                 let count = request.await?;
@@ -288,12 +390,14 @@ impl Binding {
         Ok(bytes)
     }
 
-    /// Makes the writes acknowledged so far durable, with all attributes.
+    /// Makes the writes acknowledged so far durable, with all attributes: those of every binding of the open, also if
+    /// a process of the server was restarted since.
     ///
     /// # Errors
-    /// [`Error::WritesLost`] if the data plane restarted since the bind; and what the server refuses.
+    /// [`Error::WritesLost`] if the server's host was restarted since some of them were made; every flush fails so until
+    /// [`Open::accept_lost_writes`]. And what the server refuses.
     pub async fn flush(&self) -> Result<()> {
-        self.request(Request::Flush { data_only: false }, Purpose::Flush).await
+        self.flush_as(false).await
     }
 
     /// As [`Binding::flush`], for the data and the size alone (`fdatasync`).
@@ -301,7 +405,40 @@ impl Binding {
     /// # Errors
     /// As [`Binding::flush`].
     pub async fn flush_data(&self) -> Result<()> {
-        self.request(Request::Flush { data_only: true }, Purpose::Flush).await
+        self.flush_as(true).await
+    }
+
+    async fn flush_as(&self, data_only: bool) -> Result<()> {
+        let inner = &*self.inner;
+        let mut trials = None;
+        loop {
+            let number = match &inner.open {
+                Some(open) => {
+                    open.inner.gate.check()?;
+                    open.inner.durable.begin()?
+                }
+                None => 0,
+            };
+            let seat = inner.seat.load_full();
+            let submitted =
+                seat.channel.submit(Some(&seat.core), Request::Flush { data_only }, Purpose::Flush).await;
+            let outcome = match submitted {
+                Ok(reply) => reply.count().await.map(drop),
+                Err(error) => Err(error),
+            };
+            match (outcome, &inner.open) {
+                (Err(error), Some(open)) if rebind::is_wanted(&error) => {
+                    let trials = trials.get_or_insert_with(|| Trials::new(open));
+                    trials.replace(inner, open, &seat).await?;
+                }
+                (Err(Error::WritesLost), Some(open)) => {
+                    open.inner.durable.lose();
+                    return Err(Error::WritesLost);
+                }
+                (Ok(()), Some(open)) => return open.inner.durable.done(number),
+                (outcome, _) => return outcome,
+            }
+        }
     }
 
     /// Gives the handle back, for every clone. Requests under way should have been answered before.
@@ -310,20 +447,18 @@ impl Binding {
     /// What the server refuses.
     pub async fn unbind(&self) -> Result<()> {
         let Some(claim) = Claim::take(&self.inner.unbound) else { return Ok(()) };
-        let (core, unbind) = (&self.inner.core, Request::Unbind);
-        let reply = self.inner.channel.submit(Some(core), unbind, Purpose::Unbind).await?;
-        claim.keep();
-        Self::done(reply).await
-    }
-
-    async fn request(&self, request: Request<'_>, purpose: Purpose) -> Result<()> {
-        Self::done(self.inner.channel.submit(Some(&self.inner.core), request, purpose).await?).await
-    }
-
-    async fn done(reply: Reply) -> Result<()> {
-        match reply.outcome().await? {
-            Done::Counted(_) => Ok(()),
-            Done::Bound(_) => Err(Error::Internal("a flush was answered as a bind")),
+        let seat = self.inner.seat.load_full();
+        let outcome = match seat.channel.submit(Some(&seat.core), Request::Unbind, Purpose::Unbind).await {
+            Ok(reply) => {
+                claim.keep();
+                reply.count().await.map(drop)
+            }
+            Err(error) => Err(error),
+        };
+        match outcome {
+            // There is nothing to give back any more.
+            Err(error) if self.inner.open.is_some() && rebind::is_wanted(&error) => Ok(()),
+            outcome => outcome,
         }
     }
 }

@@ -31,6 +31,17 @@ impl std::str::FromStr for Transport {
     }
 }
 
+/// What happens when the server goes away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recovery {
+    /// Whoever needs the server waits until it is back, however long that takes.
+    #[default]
+    Hard,
+    /// Whoever needs the server waits for `soft_ms` and then gets [`Error::TimedOut`]. The session goes on trying.
+    Soft,
+}
+
 /// The files that prove who the client is, and tell it whom to trust.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,6 +90,12 @@ pub struct Config {
     /// Longest wait for the answer to one request on the control connection, milliseconds.
     #[serde(default = "default_request_ms_max")]
     pub request_ms_max: u64,
+    /// What happens when the server goes away.
+    #[serde(default)]
+    pub recovery: Recovery,
+    /// With `recovery = "soft"`: longest wait for a server that is away, milliseconds.
+    #[serde(default = "default_soft_ms")]
+    pub soft_ms: u64,
     /// Requests this client has in flight on one channel at most; the server may grant fewer.
     #[serde(default = "default_in_flight_max")]
     pub in_flight_max: u16,
@@ -96,6 +113,9 @@ fn default_connect_ms_max() -> u64 {
     5_000
 }
 fn default_request_ms_max() -> u64 {
+    30_000
+}
+fn default_soft_ms() -> u64 {
     30_000
 }
 fn default_in_flight_max() -> u16 {
@@ -137,6 +157,11 @@ impl Config {
         Duration::from_millis(self.connect_ms_max)
     }
 
+    /// How long to wait for a server that is away; `None` for ever.
+    pub(crate) fn away_max(&self) -> Option<Duration> {
+        (self.recovery == Recovery::Soft).then(|| Duration::from_millis(self.soft_ms))
+    }
+
     pub(crate) fn request_max(&self) -> Duration {
         Duration::from_millis(self.request_ms_max)
     }
@@ -154,6 +179,10 @@ mod tests {
         assert_eq!((config.server.as_str(), config.transport), ("127.0.0.1:7700", Transport::Auto));
         assert_eq!(config.tls.ca, Path::new("dir/a"));
         assert_eq!(config.tls.certificate, Path::new("/b"));
+        assert_eq!((config.recovery, config.away_max()), (Recovery::Hard, None));
+        let soft = format!("recovery='soft'\nsoft_ms=70\n{TLS}");
+        let soft = Config::parse(&soft, Path::new("client.toml")).unwrap();
+        assert_eq!(soft.away_max(), Some(Duration::from_millis(70)));
     }
 
     #[test]
@@ -161,6 +190,7 @@ mod tests {
         for (text, wanted) in [
             (format!("sever='x'\n{TLS}"), "sever"),
             (format!("transport='ib'\n{TLS}"), "ib"),
+            (format!("recovery='medium'\n{TLS}"), "medium"),
             (format!("in_flight_max=0\n{TLS}"), "in_flight_max"),
             (format!("connect_ms_max=0\n{TLS}"), "0 ms"),
             (String::new(), "tls"),

@@ -5,7 +5,7 @@
 //!   verbs:  verbs endpoints or an error        tcp: tcp endpoints or an error
 //! ```
 
-use crate::channel::{self, DataChannel};
+use crate::channel::{self, DataChannel, Shared};
 use crate::config::Transport;
 use crate::error::{Error, Result};
 use crate::open::Open;
@@ -14,6 +14,7 @@ use holdfast_shared::wire::data;
 use holdfast_shared::wire::service::{Endpoint, ServiceBlob, TransportKind};
 use holdfast_transport::{Channel, tcp, verbs};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between two attempts to reach a data plane that is away.
@@ -29,7 +30,7 @@ impl Open {
         let deadline = Instant::now() + self.session().config().connect_max();
         loop {
             let error = match self.connect_once(transport).await {
-                Ok(channel) => return Ok(channel),
+                Ok((shared, why_not_verbs)) => return Ok(DataChannel::new(shared, transport, why_not_verbs)),
                 Err(error) => error,
             };
             let may_pass = matches!(error, Error::Io { .. } | Error::Ended { .. })
@@ -43,7 +44,8 @@ impl Open {
         }
     }
 
-    async fn connect_once(&self, transport: Transport) -> Result<DataChannel> {
+    /// One attempt; says why it is not verbs, if that was to be tried.
+    pub(crate) async fn connect_once(&self, transport: Transport) -> Result<(Arc<Shared>, Option<String>)> {
         let grant = self.grant();
         if grant.service_blob.is_empty() {
             return Err(Error::refused(Status::Unavailable));
@@ -60,19 +62,16 @@ impl Open {
         let mut why_not_verbs = None;
         if transport != Transport::Tcp {
             match self.try_all(&blob, TransportKind::Verbs).await {
-                Ok(channel) => return Ok(channel),
+                Ok(channel) => return Ok((channel, None)),
                 Err(error) if transport == Transport::Verbs => return Err(error),
                 Err(error) => why_not_verbs = Some(error.to_string()),
             }
         }
-        match self.try_all(&blob, TransportKind::Tcp).await {
-            Ok(channel) => Ok(channel.with_fallback(why_not_verbs)),
-            Err(error) => Err(error),
-        }
+        Ok((self.try_all(&blob, TransportKind::Tcp).await?, why_not_verbs))
     }
 
     /// Tries the endpoints of one transport in the server's order.
-    async fn try_all(&self, blob: &ServiceBlob, kind: TransportKind) -> Result<DataChannel> {
+    async fn try_all(&self, blob: &ServiceBlob, kind: TransportKind) -> Result<Arc<Shared>> {
         if kind == TransportKind::Verbs {
             local_rdma()?;
         }
@@ -86,7 +85,7 @@ impl Open {
         Err(last)
     }
 
-    async fn try_one(&self, blob: &ServiceBlob, endpoint: &Endpoint) -> Result<DataChannel> {
+    async fn try_one(&self, blob: &ServiceBlob, endpoint: &Endpoint) -> Result<Arc<Shared>> {
         let address = self.address(endpoint)?;
         let config = self.session().config();
         let (wait_max, in_flight_max) = (config.connect_max(), config.in_flight_max);
@@ -102,8 +101,8 @@ impl Open {
             connected.await.map_err(|_| Error::Internal("connecting panicked"))?.map_err(|e| {
                 Error::io(format!("cannot reach the data plane at {address} over {}", kind.name()), e)
             })?;
-        let channel = DataChannel::start(transport, frames, in_flight_max, wait_max).await?;
-        if channel.shared.facts.instance != blob.instance {
+        let channel = Shared::start(transport, frames, in_flight_max, wait_max).await?;
+        if channel.facts.instance != blob.instance {
             // It restarted since control told us: ask again.
             return Err(Error::refused(Status::Unavailable));
         }

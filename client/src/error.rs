@@ -6,10 +6,12 @@
 //! | [`Error::Misbehaved`] | the peer broke the protocol: report it |
 //! | [`Error::Incompatible`] | the two sides have no common version or policy: update one |
 //! | [`Error::Io`], [`Error::Ended`], [`Error::TimedOut`] | the network, the disk, the other process |
+//! | [`Error::Changed`], [`Error::Gone`] | somebody else, while the open was detached |
+//! | [`Error::FateUnknown`], [`Error::WriteFateUnknown`], [`Error::WritesLost`] | a server that went away: the caller looks, or repeats |
 //! | [`Error::Config`], [`Error::Usage`] | the caller |
 //! | [`Error::Internal`] | a bug of this library |
 
-use holdfast_shared::types::Status;
+use holdfast_shared::types::{GoneReason, Status};
 use holdfast_transport::ChannelError;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -136,9 +138,44 @@ pub enum Error {
     /// Acknowledged but unflushed writes may be lost: the data plane restarted since they were made.
     #[error("the data plane restarted: writes since the last flush may be lost and must be repeated")]
     WritesLost,
+    /// The server went away before it answered, and the request is not one that may be made twice: it was carried out, or
+    /// not. Look before you repeat it.
+    #[error(
+        "the server went away before it answered to '{what}': look whether it was done before you repeat it"
+    )]
+    FateUnknown {
+        /// What was asked.
+        what: &'static str,
+    },
+    /// A write was under way when its channel broke, and since then the open was not protected all the while: whether the
+    /// bytes took effect before somebody else's is not known, and they must not be written over these.
+    #[error(
+        "a write was under way when the channel broke, and others may have written since: its fate is unknown"
+    )]
+    WriteFateUnknown,
+    /// The file was changed by somebody else while the open was detached (or it can't be known that it was not). Every
+    /// read, write and lock fails so until [`crate::Open::accept_change`].
+    #[error("the file was changed by somebody else while the open was detached")]
+    Changed,
+    /// The open is gone, and its resume key is dead: open the file again.
+    #[error("the open is gone ({}); the file was {}", gone_text(*reason), if *changed { "changed since, or may have been" } else { "not changed since" })]
+    Gone {
+        /// Why.
+        reason: GoneReason,
+        /// True if the file was changed since the open was detached, or if that can't be known.
+        changed: bool,
+    },
     /// A fault of this library.
     #[error("a fault in the client library: {0}; report it")]
     Internal(&'static str),
+}
+
+fn gone_text(reason: GoneReason) -> &'static str {
+    match reason {
+        GoneReason::Evicted => Status::Evicted.text(),
+        GoneReason::ForceClosed => Status::ForceClosed.text(),
+        GoneReason::FileLost => Status::FileLost.text(),
+    }
 }
 
 impl Error {
@@ -168,6 +205,9 @@ impl Error {
             Self::Ended { why: Ended::BadMac, .. } => Some(Status::BadMac),
             Self::Ended { why: Ended::Misbehaved(_), .. } | Self::Misbehaved(_) => Some(Status::Protocol),
             Self::TimedOut { .. } => Some(Status::TimedOut),
+            Self::Gone { reason: GoneReason::Evicted, .. } => Some(Status::Evicted),
+            Self::Gone { reason: GoneReason::ForceClosed, .. } => Some(Status::ForceClosed),
+            Self::Gone { reason: GoneReason::FileLost, .. } => Some(Status::FileLost),
             _ => None,
         }
     }
@@ -176,12 +216,14 @@ impl Error {
     pub fn errno(&self) -> i32 {
         const EIO: i32 = 5;
         const EINVAL: i32 = 22;
+        const ESTALE: i32 = 116;
         const ECONNRESET: i32 = 104;
         match self {
             Self::Ended { why: Ended::Closed | Ended::Disconnected | Ended::Transport(_), .. } => ECONNRESET,
             Self::Incompatible(_) => Status::Version.errno(),
             Self::Io { error, .. } => error.raw_os_error().unwrap_or(EIO),
             Self::Config { .. } | Self::Usage(_) => EINVAL,
+            Self::Changed => ESTALE,
             _ => self.status().map_or(EIO, Status::errno),
         }
     }
@@ -207,5 +249,11 @@ mod tests {
         assert_eq!(Error::channel(Ended::Notice(Status::OverCredit)).errno(), Status::OverCredit.errno());
         assert_eq!(Error::io("x", std::io::Error::from_raw_os_error(28)).errno(), 28);
         assert_eq!(Error::WritesLost.errno(), 5);
+        assert_eq!(Error::Changed.errno(), 116);
+        for reason in [GoneReason::Evicted, GoneReason::ForceClosed, GoneReason::FileLost] {
+            let gone = Error::Gone { reason, changed: true };
+            assert_eq!(gone.errno(), 116);
+            assert!(gone.to_string().contains("may have been"), "{gone}");
+        }
     }
 }

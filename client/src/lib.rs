@@ -8,6 +8,8 @@
 //! * A [`Session`] is one authenticated control connection. Files are named, opened and described there.
 //! * An [`Open`] is the server's object: one granted access to one file.
 //! * A file's bytes never pass through the control connection.
+//! * When a process of the server dies, or the network, the session and the bindings come back by themselves, and requests
+//!   under way are made again where that is safe. What cannot be made good is an error or an [`Event`], never silence.
 
 mod bind;
 mod binding;
@@ -17,6 +19,7 @@ mod config;
 mod endpoint;
 mod error;
 mod open;
+mod recovery;
 mod region;
 mod requests;
 mod session;
@@ -25,15 +28,19 @@ mod tls;
 
 pub use binding::Binding;
 pub use channel::{DataChannel, InFlight};
-pub use config::{Config, Tls, Transport};
+pub use config::{Config, Recovery, Tls, Transport};
 pub use error::{Ended, Error, Refusal, Result};
-pub use open::{Open, OpenOptions};
+pub use open::{Event, Events, LockOptions, Open, OpenOptions};
+pub use recovery::resume::{ResumeOptions, Resumed};
 pub use region::Region;
 pub use requests::{Changes, Listing};
 pub use session::Session;
 
 pub use holdfast_shared::auth::MacPolicy;
-pub use holdfast_shared::types::{Access, Disposition, FileTime, OpenId, ShareMode, Status};
+pub use holdfast_shared::types::{
+    Access, Disposition, FileTime, GoneReason, HandleId, HoldClass, LockItem, LockKind, LockRange, OpenId,
+    ProcessId, SessionId, ShareMode, Status, Verdict,
+};
 pub use holdfast_shared::wire::control::{
     Attributes, Entry, FileKind, KeyGrant, Place, VolumeInfo, VolumeStatus,
 };

@@ -80,7 +80,7 @@ impl Session {
         }
     }
 
-    pub(crate) async fn attributes_of(&self, request: Request) -> Result<Attributes> {
+    async fn attributes_of(&self, request: Request) -> Result<Attributes> {
         match self.call(request).await? {
             Reply::Attributes(attributes) => Ok(attributes),
             _ => Err(unexpected("attributes")),

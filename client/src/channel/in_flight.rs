@@ -7,10 +7,11 @@ use super::Shared;
 use super::request::Done;
 use super::state::index;
 use crate::error::{Error, Result};
+use crate::recovery::reissue::Again;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 /// A request in flight, whatever it is.
 pub(crate) struct Reply {
@@ -27,6 +28,11 @@ impl Reply {
     /// What it came to.
     pub(crate) async fn outcome(mut self) -> Result<Done> {
         std::future::poll_fn(|cx| self.poll_done(cx)).await
+    }
+
+    /// Bytes read or written.
+    pub(crate) async fn count(self) -> Result<usize> {
+        counted(self.outcome().await?)
     }
 
     fn poll_done(&mut self, cx: &Context<'_>) -> Poll<Result<Done>> {
@@ -63,23 +69,44 @@ impl Drop for Reply {
     }
 }
 
+fn counted(done: Done) -> Result<usize> {
+    match done {
+        Done::Counted(count) => Ok(count as usize),
+        Done::Bound(_) => Err(Error::Internal("a request was answered as a bind")),
+    }
+}
+
 /// A read or write in flight; resolves to the number of bytes moved.
 ///
-/// It makes progress whether it is polled or not. Dropping it does not call the request back: the server may still
-/// read from, or write to, the range that was named until it has answered.
+/// It makes progress whether it is polled or not; only when its channel ends, or its binding is fenced, is it made again
+/// by polling. Dropping it does not call the request back: the server may still read from, or write to, the range that was
+/// named until it has answered.
 #[must_use = "what a request came to should be looked at"]
 pub struct InFlight {
-    reply: Option<Reply>,
+    stage: Stage,
+    /// For a request that is to be made again.
+    again: Option<Again>,
+}
+
+enum Stage {
+    /// A request for no bytes, which needs no server.
+    Nothing,
+    UnderWay(Reply),
+    Again(Pin<Box<dyn Future<Output = Result<usize>> + Send>>),
 }
 
 impl InFlight {
-    pub(crate) fn new(reply: Reply) -> Self {
-        Self { reply: Some(reply) }
+    pub(crate) fn new(reply: Reply, again: Again) -> Self {
+        Self { stage: Stage::UnderWay(reply), again: Some(again) }
     }
 
-    /// A request for no bytes, which needs no server.
+    /// A request that found no binding to go by.
+    pub(crate) fn unsent(again: Again) -> Self {
+        Self { stage: Stage::Again(Box::pin(again.run(false))), again: None }
+    }
+
     pub(crate) fn nothing() -> Self {
-        Self { reply: None }
+        Self { stage: Stage::Nothing, again: None }
     }
 }
 
@@ -87,11 +114,27 @@ impl Future for InFlight {
     type Output = Result<usize>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(reply) = &mut self.reply else { return Poll::Ready(Ok(0)) };
-        reply.poll_done(cx).map(|done| match done? {
-            Done::Counted(count) => Ok(count as usize),
-            Done::Bound(_) => Err(Error::Internal("a read was answered as a bind")),
-        })
+        let this = &mut *self;
+        loop {
+            match &mut this.stage {
+                Stage::Nothing => return Poll::Ready(Ok(0)),
+                Stage::Again(again) => return again.as_mut().poll(cx),
+                Stage::UnderWay(reply) => {
+                    let outcome = ready!(reply.poll_done(cx)).and_then(counted);
+                    match (outcome, this.again.take()) {
+                        (Err(error), Some(again)) if again.is_wanted(&error) => {
+                            this.stage = Stage::Again(Box::pin(again.run(true)));
+                        }
+                        (outcome, again) => {
+                            if let (Ok(_), Some(again)) = (&outcome, again) {
+                                again.acknowledged();
+                            }
+                            return Poll::Ready(outcome);
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! [`DataChannel`]: one data connection, shared by many bindings and many requests at once.
+//! One data connection ([`Shared`]), shared by many bindings and many requests at once; and [`DataChannel`], which has one
+//! after the other.
 //!
 //! ```text
 //!  caller's future ── credit ─► lock ─ frame ─► Channel::submit ─► wire
@@ -8,7 +9,8 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `mod` | connecting, credits, submitting |
+//! | `mod` | one connection: credits, submitting |
+//! | `home` | the channel as its users know it: connected again when need be |
 //! | `request` | what can be asked, and how it becomes a frame |
 //! | `state` | what the lock guards: slots, sequence numbers, the transport; draining it; its end |
 //! | `reply` | what arrives: checked, and matched with its slot |
@@ -20,6 +22,7 @@
 //! makes an edge on the wake descriptor, on which the driver always waits: no wake-up is lost.
 
 mod driver;
+pub(crate) mod home;
 mod in_flight;
 mod reply;
 pub(crate) mod request;
@@ -27,13 +30,13 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use home::DataChannel;
 pub use in_flight::InFlight;
 
 use crate::bind::BindingCore;
 use crate::error::{Ended, Error, Result};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::{FRAME_BYTES_MAX, INLINE_BYTES_MAX};
-use holdfast_shared::wire::service::TransportKind;
 use holdfast_transport::{Capabilities, Channel, Registrar, Setup};
 use holdfast_verbs::memory::Pool;
 pub(crate) use in_flight::Reply;
@@ -67,14 +70,6 @@ pub(crate) struct Facts {
     pub(crate) transfer_max: u32,
     pub(crate) sealed_transfer_max: u32,
     pub(crate) bindings_max: u16,
-}
-
-/// One data connection to a data plane. Cheap to clone; it ends with [`DataChannel::close`], or when the last clone,
-/// binding and request under way are gone.
-#[derive(Clone)]
-pub struct DataChannel {
-    pub(crate) shared: Arc<Shared>,
-    fallback: Option<Arc<str>>,
 }
 
 pub(crate) struct Shared {
@@ -115,14 +110,14 @@ pub(crate) fn prepare(in_flight_max: u16) -> Result<Prepared> {
     Ok(Prepared { setup, frames })
 }
 
-impl DataChannel {
+impl Shared {
     /// Takes over a connected transport: waits for the server's hello, and starts the driver.
     pub(crate) async fn start(
         channel: Box<dyn Channel>,
         frames: Pool,
         in_flight_max: u16,
         wait_max: Duration,
-    ) -> Result<Self> {
+    ) -> Result<Arc<Self>> {
         let wake = driver::Wake::new(&*channel)?;
         let mut state = State::new(channel, frames, usize::from(in_flight_max));
         let (facts, credits) = tokio::time::timeout(wait_max, wake.hello(&mut state))
@@ -143,62 +138,19 @@ impl DataChannel {
             _driver: stop,
         });
         wake.drive(&shared, stopped);
-        Ok(Self { shared, fallback: None })
-    }
-
-    pub(crate) fn with_fallback(mut self, reason: Option<String>) -> Self {
-        self.fallback = reason.map(Into::into);
-        self
-    }
-
-    /// Which transport carries it.
-    pub fn transport(&self) -> TransportKind {
-        self.shared.identity.transport
-    }
-
-    /// Why it is not verbs, if the transport was chosen automatically and verbs could not be had.
-    pub fn fallback_reason(&self) -> Option<&str> {
-        self.fallback.as_deref()
-    }
-
-    /// The data plane's address.
-    pub fn peer(&self) -> SocketAddr {
-        self.shared.peer
-    }
-
-    /// What the transport can do.
-    pub fn capabilities(&self) -> Capabilities {
-        self.shared.capabilities
-    }
-
-    /// Longest piece that one request moves, bytes; longer reads and writes are split.
-    pub fn transfer_max(&self) -> u32 {
-        self.shared.facts.transfer_max
-    }
-
-    /// Bindings the channel may have at once.
-    pub fn bindings_max(&self) -> u16 {
-        self.shared.facts.bindings_max
-    }
-
-    /// Requests that may be in flight at once at the moment, as granted by the server.
-    pub fn credits(&self) -> usize {
-        self.shared.state.lock().credits_total()
+        Ok(shared)
     }
 
     /// Why it has ended, if it has.
-    pub fn ended(&self) -> Option<Ended> {
-        self.shared.state.lock().ended.clone()
+    pub(crate) fn why_ended(&self) -> Option<Ended> {
+        self.state.lock().ended.clone()
     }
 
-    /// Ends it, for every clone and binding: the device is cut off from all regions before this returns, and
-    /// requests under way fail.
-    pub fn close(&self) {
-        self.shared.state.lock().fail(Ended::Closed, &self.shared.credits);
+    /// Ends it: the device is cut off from all regions before this returns.
+    pub(crate) fn fail(&self, why: Ended) {
+        self.state.lock().fail(why, &self.credits);
     }
-}
 
-impl Shared {
     /// The error of whoever comes too late.
     pub(crate) fn ended(&self) -> Error {
         Error::channel(self.state.lock().ended.clone().unwrap_or(Ended::Closed))
@@ -268,14 +220,5 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // Cuts the device off before slots, and with them registrations, go.
         self.state.get_mut().fail(Ended::Closed, &self.credits);
-    }
-}
-
-impl std::fmt::Debug for DataChannel {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DataChannel")
-            .field("transport", &self.transport())
-            .field("peer", &self.peer())
-            .finish_non_exhaustive()
     }
 }

@@ -1,36 +1,43 @@
-//! [`Session`]: one authenticated control connection, shared by many requests at once.
+//! [`Session`]: an authenticated client's life at the server, over one connection after the other.
 //!
 //! ```text
-//!   caller ─ request ─► frame ─► outgoing (bounded) ─► writer task ─► TLS ─► control
-//!      ▲                  │ id                                                  │
-//!      └─ reply ◄── waiting[id] ◄──────────────────────── reader task ◄── TLS ◄─┘
+//!   caller ─ request ─► Session ─► Connection ─► TLS ─► control
+//!                          ▲           │ ended
+//!                          │           ▼
+//!                          └── recovery: a new connection, every open resumed, and the request goes again
 //! ```
 //!
-//! Requests under way are bounded; a caller that goes away leaves its place to the reply, which is then dropped.
+//! | file | holds |
+//! |---|---|
+//! | `mod` | who is logged on; which connection a request takes |
+//! | `connection` | one connection: requests out, replies in |
+//! | [`crate::recovery`] | what happens when it ends |
+
+pub(crate) mod connection;
 
 use crate::config::Config;
-use crate::error::{Ended, Error, Refusal, Result};
-use crate::tls;
-use holdfast_shared::auth::SessionKey;
-use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, ProcessId, SessionId};
-use holdfast_shared::wire::control::{Hello, Reply, ReplyMessage, Request, RequestMessage, VERSION, Welcome};
-use holdfast_shared::wire::{from_cbor, to_cbor};
+use crate::error::{Ended, Error, Result};
+use crate::open::Inner as OpenInner;
+use crate::recovery::{Over, Patience, reconnect, repeat, resume::Orphan};
+use connection::{Connection, Trouble};
+use holdfast_shared::types::{OpenId, SessionId};
+use holdfast_shared::wire::control::{Reply, Request};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::sync::{Notify, oneshot, watch};
 
-/// Requests under way on one session.
-const REQUESTS_MAX: usize = 64;
-
-/// An authenticated control connection. Cheap to clone; the connection ends with the last clone, and with it
-/// the server's opens of this session.
+/// An authenticated session with control. Cheap to clone.
+///
+/// When the connection ends, or the server is restarted, the session connects again by itself and resumes its opens, as
+/// [`Config::recovery`] says; requests wait for that. It has a new id then. The session ends with its last clone (opens
+/// hold one each), or with [`Session::close`], [`Session::logoff`] or [`Session::detach`].
+///
+/// A request that was under way when the connection ended is made again where that is safe (opens by their create id,
+/// locks by their number, everything that only looks). Removing, renaming and making names is not: it ends with
+/// [`Error::FateUnknown`], and the caller looks what has become of it.
 ///
 /// ```no_run
 /// # async fn example() -> holdfast_client::Result<()> {
@@ -42,85 +49,40 @@ const REQUESTS_MAX: usize = 64;
 /// ```
 #[derive(Clone)]
 pub struct Session {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
-    outgoing: mpsc::Sender<Outgoing>,
-    waiting: Arc<Waiting>,
-    places: Arc<Semaphore>,
-    next_id: AtomicU64,
-    key: SessionKey,
-    server: SocketAddr,
-    welcome: Welcome,
-    config: Config,
+pub(crate) struct Inner {
+    pub(crate) config: Config,
+    principal: String,
+    opens_max: u32,
+    pub(crate) phase: watch::Sender<Phase>,
+    /// Those to resume on a new connection.
+    pub(crate) opens: Mutex<HashMap<OpenId, Weak<OpenInner>>>,
+    /// Dropped opens that could not be closed at once. Bounded by the opens a session may have.
+    pub(crate) orphans: Mutex<Vec<Orphan>>,
+    /// Tells the recovery task that there is an open to resume or to close.
+    pub(crate) nudge: Arc<Notify>,
+    /// Dropped with the session: the recovery task ends.
+    _stop: oneshot::Sender<()>,
 }
 
-enum Outgoing {
-    Frame(Vec<u8>),
-    Close(oneshot::Sender<()>),
+/// Which connection requests take.
+#[derive(Clone)]
+pub(crate) enum Phase {
+    /// This one; it may have ended a moment ago.
+    Up(Arc<Connection>),
+    /// None at the moment; this was the last.
+    Away(Arc<Connection>),
+    /// None, and there will be none; this was the last.
+    Over(Arc<Connection>, Over),
 }
 
-/// Callers that wait for replies, by request id; and why there will be no more replies.
-#[derive(Default)]
-struct Waiting {
-    table: Mutex<(HashMap<u64, Waiter>, Option<Ended>)>,
-}
-
-struct Waiter {
-    reply: oneshot::Sender<Parcel>,
-    /// For a reply that cannot be left lying.
-    session: Weak<Inner>,
-    /// Held until the reply comes, also when the caller has gone: this bounds the table.
-    _place: OwnedSemaphorePermit,
-}
-
-impl Waiter {
-    fn deliver(self, reply: Reply) {
-        let Self { reply: sender, session, _place: place } = self;
-        // Given back first: a parcel that is not taken may need it.
-        drop(place);
-        drop(sender.send(Parcel { reply: Some(reply), session }));
-    }
-}
-
-/// A reply on its way to a caller. Should that have gone, or go before it takes the reply, an open in it is closed again:
-/// nobody else knows of it.
-struct Parcel {
-    reply: Option<Reply>,
-    session: Weak<Inner>,
-}
-
-impl Parcel {
-    fn take(mut self) -> Option<Reply> {
-        self.reply.take()
-    }
-}
-
-impl Drop for Parcel {
-    fn drop(&mut self) {
-        let Some(Reply::Opened(opened)) = &self.reply else { return };
-        // With the session the server closes what is open.
-        let Some(inner) = self.session.upgrade() else { return };
-        let (session, id) = (Session { inner }, opened.open);
-        tracing::debug!(open = %id, "nobody waits for the open any more: closing it");
-        if !session.call_and_forget(Request::Close(id)) {
-            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn(async move { session.call(Request::Close(id)).await });
-            }
+impl Phase {
+    fn last(&self) -> &Arc<Connection> {
+        match self {
+            Self::Up(connection) | Self::Away(connection) | Self::Over(connection, _) => connection,
         }
-    }
-}
-
-impl Waiting {
-    fn end(&self, why: Ended) {
-        let mut table = self.table.lock();
-        table.1.get_or_insert(why);
-        table.0.clear();
-    }
-
-    fn why(&self) -> Error {
-        Error::session(self.table.lock().1.clone().unwrap_or(Ended::Disconnected))
     }
 }
 
@@ -131,109 +93,63 @@ impl Session {
     /// [`Error::Io`] if the server cannot be reached or one side does not trust the other;
     /// [`Error::Incompatible`] if there is no common version; [`Error::Refused`] if the server turns the client away.
     pub async fn connect(config: &Config) -> Result<Self> {
-        let max = config.connect_max();
-        timeout(max, Self::connect_slowly(config))
-            .await
-            .map_err(|_| Error::TimedOut { what: "connecting to the server", after: max })?
-    }
-
-    async fn connect_slowly(config: &Config) -> Result<Self> {
-        let unreachable = |error| {
-            Error::io(
-                format!("cannot reach the server at {} (is `holdfast serve` running there?)", config.server),
-                error,
-            )
-        };
-        let socket = TcpStream::connect(&config.server).await.map_err(unreachable)?;
-        let server = socket.peer_addr().map_err(unreachable)?;
-        // Requests are small and each is waited for: Nagle would only delay them.
-        socket.set_nodelay(true).map_err(unreachable)?;
-        let (stream, key) = tls::handshake(config, socket).await?;
-        let (mut input, mut output) = tokio::io::split(stream);
-        let hello = Hello {
-            version_min: VERSION,
-            version_max: VERSION,
-            client: format!("holdfast-client {}", env!("CARGO_PKG_VERSION")),
-            process: ProcessId(u64::from(std::process::id())),
-        };
-        let request = RequestMessage { id: 0, request: Request::Hello(hello) };
-        output.write_all(&frame(&request)?).await.map_err(tls::refine)?;
-        output.flush().await.map_err(tls::refine)?;
-        // With TLS 1.3 the client's certificate is judged after the handshake: a refusal shows here.
-        let first = read_reply(&mut input).await?.ok_or_else(|| Error::session(Ended::Disconnected))?;
-        let welcome = match first {
-            ReplyMessage { id: 0, reply: Reply::Welcome(welcome) } => welcome,
-            ReplyMessage { id: 0, reply: Reply::Refused(refusal) } => return Err(refused(refusal)),
-            _ => return Err(Error::Misbehaved("the first reply is not to the hello".into())),
-        };
-        if welcome.version != VERSION {
-            return Err(Error::Incompatible(format!(
-                "the server speaks version {}, this client {VERSION}",
-                welcome.version
-            )));
-        }
-        let waiting = Arc::new(Waiting::default());
-        let places = Arc::new(Semaphore::new(REQUESTS_MAX));
-        let (outgoing, queue) = mpsc::channel(REQUESTS_MAX);
-        let reader = tokio::spawn(read_all(input, Arc::clone(&waiting), Arc::clone(&places)));
-        tokio::spawn(write_all(output, queue, reader));
-        let config = config.clone();
-        let next_id = AtomicU64::new(1);
-        Ok(Self {
-            inner: Arc::new(Inner { outgoing, waiting, places, next_id, key, server, welcome, config }),
-        })
-    }
-
-    /// Sends a request and waits for its reply; a refusal is an error.
-    pub(crate) async fn call(&self, request: Request) -> Result<Reply> {
-        self.call_and(request, || ()).await
-    }
-
-    /// As [`Session::call`]; `sent` is called once the request is on its way, whatever becomes of it or of the caller.
-    pub(crate) async fn call_and(&self, request: Request, sent: impl FnOnce()) -> Result<Reply> {
-        let inner = &self.inner;
-        let after = inner.config.request_max();
-        // One limit for all of it: a server that does not answer keeps callers from getting a place, too.
-        let reply = timeout(after, async {
-            let place = Arc::clone(&inner.places).acquire_owned().await.map_err(|_| inner.waiting.why())?;
-            let slot = inner.outgoing.reserve().await.map_err(|_| inner.waiting.why())?;
-            let (sender, receiver) = oneshot::channel();
-            self.hand_over(request, sender, place, slot)?;
-            sent();
-            receiver.await.ok().and_then(Parcel::take).ok_or_else(|| inner.waiting.why())
+        let connection = Connection::open(config).await?;
+        let (stop, stopped) = oneshot::channel();
+        let inner = Arc::new(Inner {
+            config: config.clone(),
+            principal: connection.welcome().principal.clone(),
+            opens_max: connection.welcome().opens_max,
+            phase: watch::Sender::new(Phase::Up(Arc::clone(&connection))),
+            opens: Mutex::default(),
+            orphans: Mutex::default(),
+            nudge: Arc::default(),
+            _stop: stop,
         });
-        match reply.await {
-            Ok(Ok(Reply::Refused(refusal))) => Err(refused(refusal)),
-            Ok(outcome) => outcome,
-            Err(_) => Err(Error::TimedOut { what: "a control request", after }),
-        }
+        reconnect::start(&inner, connection, stopped);
+        Ok(Self { inner })
     }
 
-    /// Sends a request whose reply nobody waits for, if there is room for it at once.
-    pub(crate) fn call_and_forget(&self, request: Request) -> bool {
-        let inner = &self.inner;
-        let Ok(place) = Arc::clone(&inner.places).try_acquire_owned() else { return false };
-        let Ok(slot) = inner.outgoing.try_reserve() else { return false };
-        self.hand_over(request, oneshot::channel().0, place, slot).is_ok()
+    /// Sends a request and waits for its reply; a refusal is an error. For requests that name no open.
+    pub(crate) async fn call(&self, request: Request) -> Result<Reply> {
+        self.call_for(request, Duration::ZERO).await.map(|(reply, _)| reply)
     }
 
-    /// Gives a request a number and to the writer, and notes who waits for the reply.
-    fn hand_over(
+    /// As [`Session::call`], for a request that the server may answer only after `longer`; says who answered.
+    pub(crate) async fn call_for(
         &self,
         request: Request,
-        reply: oneshot::Sender<Parcel>,
-        place: OwnedSemaphorePermit,
-        slot: mpsc::Permit<'_, Outgoing>,
-    ) -> Result<()> {
-        let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let frame = frame(&RequestMessage { id, request })?;
-        let mut table = self.inner.waiting.table.lock();
-        if let Some(why) = &table.1 {
-            return Err(Error::session(why.clone()));
+        longer: Duration,
+    ) -> Result<(Reply, Arc<Connection>)> {
+        let (mut patience, mut after) = (Patience::new(&self.inner.config), None);
+        loop {
+            let connection = self.connection(after.as_ref(), &mut patience).await?;
+            match connection.call_for(request.clone(), longer).await {
+                Ok(reply) => return Ok((reply, connection)),
+                Err(Trouble::Lost { sent }) => repeat::may_be_made_again(&request, sent)?,
+                Err(Trouble::Other(error)) => return Err(error),
+            }
+            after = Some(connection);
         }
-        table.0.insert(id, Waiter { reply, session: Arc::downgrade(&self.inner), _place: place });
-        slot.send(Outgoing::Frame(frame));
-        Ok(())
+    }
+
+    /// The connection to use; a later one than `after`.
+    pub(crate) async fn connection(
+        &self,
+        after: Option<&Arc<Connection>>,
+        patience: &mut Patience,
+    ) -> Result<Arc<Connection>> {
+        let mut phase = self.inner.phase.subscribe();
+        let usable = |phase: &Phase| match phase {
+            Phase::Up(connection) => after.is_none_or(|after| !Arc::ptr_eq(after, connection)),
+            Phase::Away(_) => false,
+            Phase::Over(..) => true,
+        };
+        let found = async { phase.wait_for(usable).await.ok().map(|phase| phase.clone()) };
+        match patience.wait("the server's return", found).await? {
+            Some(Phase::Over(_, over)) => Err(over.error()),
+            Some(Phase::Up(connection) | Phase::Away(connection)) => Ok(connection),
+            None => Err(Error::session(Ended::Closed)),
+        }
     }
 
     /// Asks for nothing; returns how long the answer took.
@@ -248,41 +164,106 @@ impl Session {
         }
     }
 
-    /// Ends the connection in good order, for every clone; the server closes the session's opens.
+    /// Ends the session, for every clone, and closes its opens. A server that is away is not waited for: it keeps the opens
+    /// for their hold time.
     pub async fn close(self) {
-        let (sender, receiver) = oneshot::channel();
-        if self.inner.outgoing.send(Outgoing::Close(sender)).await.is_ok() {
-            let _ = receiver.await;
+        let away = !matches!(&*self.inner.phase.borrow(), Phase::Up(connection) if !connection.is_over());
+        let opens = self.inner.opens.lock().values().any(|open| open.strong_count() > 0);
+        if opens && !away {
+            let _ = tokio::time::timeout(self.inner.config.request_max(), self.logoff()).await;
         }
+        self.end().await;
     }
 
-    /// The session's id, for the operator.
+    /// Ends the session, for every clone: the server closes its opens, and keeps nothing for it. Waits for a server
+    /// that is away, as the policy says.
+    ///
+    /// # Errors
+    /// As any request. After an error the session goes on.
+    pub async fn logoff(&self) -> Result<()> {
+        match self.call(Request::Logoff).await? {
+            Reply::Done => self.end().await,
+            _ => return Err(unexpected("logoff")),
+        }
+        Ok(())
+    }
+
+    /// Ends the session, for every clone, but lets the server keep its opens for their hold time: whoever has their
+    /// resume keys may resume them. What else ends a process without closing has the same effect.
+    ///
+    /// ```no_run
+    /// # async fn example(session: holdfast_client::Session, open: holdfast_client::Open) -> holdfast_client::Result<()> {
+    /// std::fs::write("key", open.resume_key()).unwrap();
+    /// session.detach().await;
+    /// # Ok(()) }
+    /// ```
+    pub async fn detach(self) {
+        self.end().await;
+    }
+
+    async fn end(&self) {
+        let over = Over::Ended(Ended::Closed);
+        let last = Arc::clone(self.inner.phase.borrow().last());
+        self.inner.over(&last, &over);
+        last.shut().await;
+    }
+
+    /// The session's id, for the operator, and for whoever resumes its opens while they are live ([`crate::ResumeOptions`]).
+    /// Another one after each recovery.
     pub fn id(&self) -> SessionId {
-        self.inner.welcome.session
+        self.inner.phase.borrow().last().id()
     }
 
     /// Who the server says the client is.
     pub fn principal(&self) -> &str {
-        &self.inner.welcome.principal
+        &self.inner.principal
     }
 
     /// Opens this session may have at once.
     pub fn opens_max(&self) -> u32 {
-        self.inner.welcome.opens_max
+        self.inner.opens_max
     }
 
     /// The address at which control was reached.
     pub fn server(&self) -> SocketAddr {
-        self.inner.server
+        self.inner.phase.borrow().last().server()
     }
 
     /// What the session was made with.
     pub fn config(&self) -> &Config {
         &self.inner.config
     }
+}
 
-    pub(crate) fn key(&self) -> &SessionKey {
-        &self.inner.key
+impl Inner {
+    /// Nothing more will come: tells everybody who waits.
+    pub(crate) fn over(&self, last: &Arc<Connection>, over: &Over) {
+        let first = self.phase.send_if_modified(|phase| {
+            let first = !matches!(phase, Phase::Over(..));
+            if first {
+                *phase = Phase::Over(Arc::clone(last), over.clone());
+            }
+            first
+        });
+        let opens: Vec<_> = if first { self.opens.lock().values().cloned().collect() } else { Vec::new() };
+        for open in opens.iter().filter_map(Weak::upgrade) {
+            open.over(over);
+        }
+    }
+
+    /// Notes an open of a connection, so that it is resumed on the next one.
+    pub(crate) fn register(&self, open: &Arc<OpenInner>, on: &Arc<Connection>) {
+        let mut opens = self.opens.lock();
+        // Bounded by what lives, also for those who open and close for ever.
+        opens.retain(|_, open| open.strong_count() > 0);
+        opens.insert(open.id, Arc::downgrade(open));
+        drop(opens);
+        let phase = self.phase.borrow().clone();
+        match phase {
+            Phase::Over(_, over) => open.over(&over),
+            Phase::Up(connection) if Arc::ptr_eq(&connection, on) => {}
+            _ => self.nudge.notify_one(),
+        }
     }
 }
 
@@ -298,107 +279,6 @@ impl std::fmt::Debug for Session {
 /// A reply of another kind than the request asks for.
 pub(crate) fn unexpected(request: &str) -> Error {
     Error::Misbehaved(format!("the reply to '{request}' is of another kind"))
-}
-
-fn refused(refusal: holdfast_shared::wire::control::Refusal) -> Error {
-    Error::Refused(Refusal {
-        status: refusal.status,
-        detail: refusal.detail,
-        retry: refusal.retry_ms.map(Duration::from_millis),
-    })
-}
-
-fn frame(message: &RequestMessage) -> Result<Vec<u8>> {
-    let body = to_cbor(message);
-    let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= CONTROL_MESSAGE_BYTES_MAX);
-    let Some(length) = length else {
-        return Err(Error::Usage(format!("a request of {} bytes is too long", body.len())));
-    };
-    let mut frame = Vec::with_capacity(4 + body.len());
-    frame.extend(length.to_le_bytes());
-    frame.extend(body);
-    Ok(frame)
-}
-
-/// One reply; `None` at the end of the stream between two messages.
-async fn read_reply(input: &mut (impl AsyncRead + Unpin)) -> Result<Option<ReplyMessage>> {
-    let mut length = [0; 4];
-    match input.read_exact(&mut length).await {
-        Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
-        Err(error) => return Err(tls::refine(error)),
-    }
-    let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
-    if length > CONTROL_MESSAGE_BYTES_MAX {
-        return Err(Error::Misbehaved(format!("a control message of {length} bytes")));
-    }
-    let mut body = vec![0; length];
-    input.read_exact(&mut body).await.map_err(tls::refine)?;
-    from_cbor(&body, CONTROL_MESSAGE_BYTES_MAX)
-        .map(Some)
-        .map_err(|error| Error::Misbehaved(error.to_string()))
-}
-
-async fn read_all(mut input: impl AsyncRead + Unpin, waiting: Arc<Waiting>, places: Arc<Semaphore>) {
-    let why = loop {
-        match read_reply(&mut input).await {
-            Ok(Some(ReplyMessage { id, reply })) => {
-                let waiter = waiting.table.lock().0.remove(&id);
-                match waiter {
-                    Some(waiter) => waiter.deliver(reply),
-                    None => break Ended::Misbehaved("a reply to a request that was not made"),
-                }
-            }
-            Ok(None) => break Ended::Disconnected,
-            Err(Error::Misbehaved(text)) => {
-                tracing::warn!("the server broke the control protocol: {text}");
-                break Ended::Misbehaved("a control message that cannot be read");
-            }
-            Err(error) => break Ended::Transport(error.to_string()),
-        }
-    };
-    tracing::debug!(%why, "the session has ended");
-    waiting.end(why);
-    places.close();
-}
-
-async fn write_all(
-    mut output: impl AsyncWrite + Unpin,
-    mut queue: mpsc::Receiver<Outgoing>,
-    reader: tokio::task::JoinHandle<()>,
-) {
-    let mut closed = None;
-    'open: while let Some(next) = queue.recv().await {
-        let mut next = Some(next);
-        // What has queued up meanwhile goes out with one flush.
-        while let Some(outgoing) = next {
-            match outgoing {
-                Outgoing::Frame(frame) => {
-                    if output.write_all(&frame).await.is_err() {
-                        break 'open; // the reader sees why, and tells
-                    }
-                }
-                Outgoing::Close(done) => {
-                    closed = Some(done);
-                    break 'open;
-                }
-            }
-            next = queue.try_recv().ok();
-        }
-        if output.flush().await.is_err() {
-            break;
-        }
-    }
-    queue.close();
-    let _ = output.shutdown().await;
-    // The server answers our end with its own; one that does not is not waited for.
-    let abort = reader.abort_handle();
-    if timeout(Duration::from_secs(2), reader).await.is_err() {
-        abort.abort();
-    }
-    if let Some(done) = closed {
-        let _ = done.send(());
-    }
 }
 
 #[cfg(test)]

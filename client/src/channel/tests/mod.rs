@@ -45,8 +45,9 @@ impl World {
         let server =
             Server::new(Box::new(server), pool, Arc::clone(&script), Arc::clone(&kick), secret.clone());
         let server = Some(std::thread::spawn(move || server.run()));
-        let channel =
-            DataChannel::start(Box::new(client), prepared.frames, 32, Duration::from_secs(10)).await.unwrap();
+        let shared =
+            Shared::start(Box::new(client), prepared.frames, 32, Duration::from_secs(10)).await.unwrap();
+        let channel = DataChannel::new(shared, crate::Transport::Auto, None);
         Self { channel, script, kick, server, secret }
     }
 
@@ -65,8 +66,9 @@ impl World {
             access: Access::READ | Access::WRITE,
             secret,
         };
-        let core = bind::bind(&self.channel.shared, &request).await?;
-        Ok(Binding::new(core, &self.channel, None))
+        let core = bind::bind(&self.channel.shared(), &request).await?;
+        let seat = crate::binding::Seat::new(core, self.channel.shared(), 0);
+        Ok(Binding::new(seat, &self.channel, request.access, None))
     }
 
     async fn bind(&self) -> Result<Binding> {
@@ -180,7 +182,7 @@ async fn a_dropped_request_keeps_its_memory_until_the_reply() {
     world.change(|script| script.hold = false);
     assert_eq!(binding.read_vec(0, 8).await.unwrap(), b"contents", "the only credit came back");
     assert_eq!(world.channel.ended(), None);
-    assert_eq!(world.channel.shared.state.lock().slots.len(), 0, "and no slot is left");
+    assert_eq!(world.channel.shared().state.lock().slots.len(), 0, "and no slot is left");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,7 +293,7 @@ async fn a_failed_piece_waits_for_the_others() {
     assert!(!read.is_finished(), "the server may still place into the region");
     world.change(|script| script.hold = false);
     assert_eq!(read.await.unwrap().unwrap_err().status(), Some(Status::Io));
-    assert_eq!(world.channel.shared.state.lock().slots.len(), 0, "all are answered");
+    assert_eq!(world.channel.shared().state.lock().slots.len(), 0, "all are answered");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -335,10 +337,10 @@ async fn a_boundless_server_does_not_make_us_boundless() {
     let region = Region::allocate(5000).unwrap();
     for _ in 0..2 {
         binding.write_all(&region, 0..5000, 0).await.unwrap();
-        let idle: Vec<usize> = world.channel.shared.idle_bounces.lock().iter().map(Region::len).collect();
+        let idle: Vec<usize> = world.channel.shared().idle_bounces.lock().iter().map(Region::len).collect();
         assert_eq!(idle, [64 << 10]);
     }
-    world.channel.shared.idle_bounces.lock()[0] = Region::allocate(4096).unwrap();
+    world.channel.shared().idle_bounces.lock()[0] = Region::allocate(4096).unwrap();
     binding.write_all(&region, 0..5000, 0).await.unwrap();
-    assert_eq!(world.channel.shared.idle_bounces.lock()[0].len(), 64 << 10, "one too small is replaced");
+    assert_eq!(world.channel.shared().idle_bounces.lock()[0].len(), 64 << 10, "one too small is replaced");
 }

@@ -1,0 +1,130 @@
+//! Replacing a binding: when its channel has ended, or the server has fenced it.
+//!
+//! ```text
+//!   the open attached? ─► the channel connected? ─► could the old binding's writes still land?
+//!        (waits)               (connects again)          │ yes: the session is replaced, and the resume fences them
+//!                                                        ▼ no
+//!                                                      bind ─► the new seat
+//! ```
+//!
+//! Writes of an old binding cannot land once it is fenced, which the server does before it answers a resume that does not
+//! keep it, or once its data plane is dead: that has no queue pairs, and finishes no request. A data plane that lives
+//! (the same instance as before), and only lost the channel, may still be at one.
+
+use super::{Backoff, Patience, gone, may_pass};
+use crate::bind::{self, BindRequest};
+use crate::binding::{Inner, Seat};
+use crate::channel::home::{Home, may_heal};
+use crate::error::{Error, Result};
+use crate::open::Open;
+use holdfast_shared::types::{Access, Status};
+use std::sync::Arc;
+
+/// Refusals of a key that should be good, before they are believed: it may be that of a moment ago.
+const BAD_KEYS_MAX: u32 = 3;
+
+/// True if the request may succeed on another binding.
+pub(crate) fn is_wanted(error: &Error) -> bool {
+    match error {
+        Error::Ended { what: "channel", why } => may_heal(why),
+        Error::Refused(refusal) => {
+            matches!(
+                refusal.status,
+                Status::Fenced | Status::NotBound | Status::SessionGone | Status::Superseded | Status::Closed
+            ) || gone(refusal.status).is_some()
+        }
+        _ => false,
+    }
+}
+
+/// Attempts of one request that needs a binding which works.
+pub(crate) struct Trials {
+    patience: Patience,
+    backoff: Backoff,
+}
+
+impl Trials {
+    pub(crate) fn new(open: &Open) -> Self {
+        Self { patience: Patience::new(open.session().config()), backoff: Backoff::data() }
+    }
+
+    /// Replaces the seat on which the request failed, unless somebody else has done so.
+    pub(crate) async fn replace(&mut self, binding: &Inner, open: &Open, failed: &Arc<Seat>) -> Result<()> {
+        self.patience.pause("the binding", self.backoff.next()).await?;
+        let _turn = self.patience.wait("the binding", binding.rebinding.lock()).await?;
+        if !Arc::ptr_eq(failed, &binding.seat.load_full()) {
+            return Ok(());
+        }
+        if binding.is_unbound() {
+            return Err(Error::refused(Status::NotBound));
+        }
+        let seat = seat(open, &binding.home, binding.access, Some(failed), &mut self.patience).await?;
+        binding.seat.store(Arc::new(seat));
+        // On a channel that lives, its number goes back.
+        failed.channel.unbind_later(Arc::clone(&failed.core));
+        Ok(())
+    }
+}
+
+/// Binds, for the first time or in the place of `old`.
+pub(crate) async fn seat(
+    open: &Open,
+    home: &Home,
+    access: Access,
+    old: Option<&Arc<Seat>>,
+    patience: &mut Patience,
+) -> Result<Seat> {
+    let inner = &*open.inner;
+    let (mut backoff, mut bad_keys) = (Backoff::data(), 0);
+    loop {
+        patience.pause("the binding", backoff.next()).await?;
+        if inner.is_closed() {
+            return Err(Error::refused(Status::Closed));
+        }
+        let connection = inner.ready(None, patience).await?;
+        let channel = home.live(open, patience).await?;
+        let (grant, secret, incarnation) = {
+            let life = inner.life.lock();
+            (life.grant.clone(), life.secret.clone(), life.incarnation)
+        };
+        if old.is_some_and(|old| old.may_still_write(&channel.facts.instance, incarnation)) {
+            tracing::info!(
+                "the data channel broke with its data plane alive: the session is replaced to fence what was under way"
+            );
+            connection.cut();
+            inner.ready(Some(&connection), patience).await?;
+            continue;
+        }
+        let request = BindRequest {
+            resume_key: &grant.resume_key,
+            open_challenge: &grant.challenge,
+            volume: grant.volume,
+            policy: grant.policy,
+            access,
+            secret: &secret,
+        };
+        let error = match bind::bind(&channel, &request).await {
+            Ok(core) => {
+                inner.durable.bound(core.verifier);
+                return Ok(Seat::new(core, channel, incarnation));
+            }
+            Err(error) => error,
+        };
+        // The key was of a session that is lost: the next one has another.
+        if connection.is_over() || inner.life.lock().incarnation != incarnation {
+            continue;
+        }
+        match error.status() {
+            Some(Status::BadKey) if old.is_some() && bad_keys < BAD_KEYS_MAX => {
+                bad_keys += 1;
+                open.query_key().await?;
+            }
+            Some(Status::Fenced | Status::NotBound) => {}
+            Some(status) if may_pass(status) && status != Status::TooMany => {}
+            Some(status) if gone(status).is_some() => return Err(inner.is_gone(&connection, &error).await),
+            _ if is_wanted(&error) && error.status() != Some(Status::Closed) => {}
+            _ => return Err(error),
+        }
+        tracing::debug!(%error, "not bound yet");
+    }
+}
