@@ -21,7 +21,7 @@ fn a_replaced_program_does_not_end_the_server() {
     for name in ["holdfast", "holdfast-control", "holdfast-dataplane"] {
         std::fs::copy(program(name), inside(name)).unwrap();
     }
-    let wish = Wish { programs: Some(programs.path().to_owned()), ..Wish::default() };
+    let wish = Wish { programs: Some(programs.path().to_owned()), any_port: true, ..Wish::default() };
     let mut server = Deployment::with(&wish);
     // An upgrade: for a while there is no program, then another file of the same name.
     std::fs::copy(inside("holdfast"), inside("new")).unwrap();
