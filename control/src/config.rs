@@ -1,7 +1,9 @@
 //! The config file: read once, checked, and then only typed values.
 
+use crate::journal::Settings;
 use holdfast_shared::auth::MacPolicy;
-use holdfast_shared::state::{Limits as AuthorityLimits, rules::Right};
+use holdfast_shared::state::lock::LockLimits;
+use holdfast_shared::state::{Limits as AuthorityLimits, LockMode, Right};
 use holdfast_shared::types::VOLUME_NAME_BYTES_MAX;
 use serde::Deserialize;
 use std::collections::BTreeSet;
@@ -48,6 +50,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Certificates.
     pub tls: Tls,
+    /// The journal: what outlives a crash.
+    pub journal: Journal,
     /// How much there may be of everything.
     pub limits: Limits,
     /// The volumes. None by default.
@@ -61,6 +65,7 @@ impl Default for Config {
             listen: vec![SocketAddr::from(([127, 0, 0, 1], 7700))],
             state_dir: "state".into(),
             tls: Tls::default(),
+            journal: Journal::default(),
             limits: Limits::default(),
             volumes: Vec::new(),
         }
@@ -89,6 +94,36 @@ impl Default for Tls {
     }
 }
 
+/// The journal: every open and lock is in it before its client is told.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Journal {
+    /// Where it is kept; made with mode 0700 if it is missing. Put it on storage that is quick to sync: every open and lock
+    /// waits for one. Default: `journal` in the state directory.
+    pub directory: Option<PathBuf>,
+    /// Wait for the disk before anything is promised. **Unsafe to switch off**: after a power cut or a crash of the kernel,
+    /// opens, locks and closes that were answered are forgotten, and clients may read or write what they must not. It is
+    /// there to measure what the waiting costs. Default: true.
+    pub sync: bool,
+    /// The journal is rewritten, without what is over, when it has grown beyond this, and beyond twice what the last
+    /// rewriting took, MiB. Default: 64.
+    pub checkpoint_mib: u32,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        let Settings { sync, checkpoint_mib } = Settings::default();
+        Self { directory: None, sync, checkpoint_mib }
+    }
+}
+
+impl Journal {
+    /// As the journal takes them.
+    pub const fn settings(&self) -> Settings {
+        Settings { sync: self.sync, checkpoint_mib: self.checkpoint_mib }
+    }
+}
+
 /// Limits. A request beyond one is refused with `TooMany`; a connection beyond one is closed.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -109,6 +144,34 @@ pub struct Limits {
     pub operations: usize,
     /// The same, of one principal. Default: 256.
     pub operations_per_principal: usize,
+    /// How long the bindings of a detached open go on, milliseconds: a client that is back sooner has lost no read or write.
+    /// Default: 5000.
+    pub linger_ms: u64,
+    /// Opens that ended without their client's wish and of which it can still be told; the oldest is forgotten first.
+    /// Default: 65536.
+    pub tombstones: usize,
+    /// How long that is, seconds. Default: 604800, a week.
+    pub tombstone_keep_s: u64,
+    /// Locks of one request. Default: 64.
+    pub locks_per_request: usize,
+    /// Locks of one open. Default: 512.
+    pub locks_per_open: usize,
+    /// Locks of one file, and locks waited for on it. Default: 1024.
+    pub locks_per_file: usize,
+    /// Requests that wait for locks of one file. Default: 256.
+    pub lock_waiters_per_file: usize,
+    /// The longest that a request for a lock, or for a file that is held, may ask to wait, milliseconds.
+    /// Default: 600000.
+    pub wait_max_ms: u64,
+    /// Requests that wait for a file that is held. Default: 4096.
+    pub waiting_opens: usize,
+    /// The same, of one principal. Default: 1024.
+    pub waiting_opens_per_principal: usize,
+    /// Descriptors of volumes' files that a restart takes back. Opens beyond them are found and looked at before anybody is let
+    /// in, but kept by their file's handle alone until their client resumes them. What that gives up: a file that is removed
+    /// beside the server in between is lost, where a descriptor would have kept it. Default: 0, which means three
+    /// quarters of what the process may have (`ulimit -Hn`, systemd's `LimitNOFILE`).
+    pub reopened_files: usize,
     /// Threads for them. Default: 16.
     pub file_threads: usize,
     /// Requests of one session under way; the next is read when one is answered. Default: 32.
@@ -128,7 +191,7 @@ pub struct Limits {
     pub keepalive_s: u64,
     /// Time for dataplane to confirm a fence before the operator is told, milliseconds. Default: 10000.
     pub fence_wait_ms: u64,
-    /// Time for opens to be fenced and closed at a clean stop, milliseconds. Default: 3000.
+    /// Time for what is under way to be journalled at a clean stop, milliseconds. Default: 3000.
     pub stop_ms: u64,
 }
 
@@ -144,6 +207,17 @@ impl Default for Limits {
             bindings_per_open: authority.bindings_per_open,
             operations: authority.operations,
             operations_per_principal: authority.operations_per_principal,
+            linger_ms: 5_000,
+            tombstones: authority.tombstones,
+            tombstone_keep_s: 7 * 24 * 3600,
+            locks_per_request: authority.locks.batch,
+            locks_per_open: authority.locks.per_open,
+            locks_per_file: authority.locks.per_file,
+            lock_waiters_per_file: authority.locks.waiters_per_file,
+            wait_max_ms: 600_000,
+            waiting_opens: authority.contenders,
+            waiting_opens_per_principal: authority.contenders_per_principal,
+            reopened_files: 0,
             file_threads: 16,
             requests_per_session: 32,
             binds: 256,
@@ -171,6 +245,19 @@ impl Limits {
             operations: self.operations,
             operations_per_principal: self.operations_per_principal,
             fence_wait: Duration::from_millis(self.fence_wait_ms),
+            linger: Duration::from_millis(self.linger_ms),
+            tombstones: self.tombstones,
+            tombstone_keep: Duration::from_secs(self.tombstone_keep_s),
+            locks: LockLimits {
+                batch: self.locks_per_request,
+                per_open: self.locks_per_open,
+                per_file: self.locks_per_file,
+                waiters_per_file: self.lock_waiters_per_file,
+            },
+            lock_wait_max: Duration::from_millis(self.wait_max_ms),
+            open_wait_max: Duration::from_millis(self.wait_max_ms),
+            contenders: self.waiting_opens,
+            contenders_per_principal: self.waiting_opens_per_principal,
         }
     }
 }
@@ -191,9 +278,47 @@ pub struct Volume {
     /// networks only). Default: `header`.
     #[serde(default)]
     pub mac_policy: Policy,
+    /// How long a detached open is held for a client that does not ask for a time, milliseconds; 0 closes it with its
+    /// session. Default: 60000.
+    #[serde(default = "hold_ms")]
+    pub hold_ms: u64,
+    /// The longest that a client may ask for, milliseconds. Default: 86400000, a day.
+    #[serde(default = "hold_max_ms")]
+    pub hold_max_ms: u64,
+    /// `mandatory`: locks restrict every read and write. `advisory`: they exclude only each other. Default: `mandatory`.
+    #[serde(default)]
+    pub locks: Locks,
     /// Who may use it. Nobody by default.
     #[serde(default, rename = "grant")]
     pub grants: Vec<Grant>,
+}
+
+const fn hold_ms() -> u64 {
+    60_000
+}
+
+const fn hold_max_ms() -> u64 {
+    86_400_000
+}
+
+/// See [`Volume::locks`].
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Locks {
+    /// They restrict every read and write.
+    #[default]
+    Mandatory,
+    /// They exclude only each other.
+    Advisory,
+}
+
+impl From<Locks> for LockMode {
+    fn from(locks: Locks) -> Self {
+        match locks {
+            Locks::Mandatory => Self::Mandatory,
+            Locks::Advisory => Self::Advisory,
+        }
+    }
 }
 
 /// See [`Volume::mac_policy`].
@@ -267,11 +392,19 @@ impl Config {
         Ok(config)
     }
 
+    /// Where the journal is.
+    pub fn journal_directory(&self) -> PathBuf {
+        self.journal.directory.clone().unwrap_or_else(|| self.state_dir.join("journal"))
+    }
+
     fn resolve(&mut self, base: &Path) {
         let tls = &mut self.tls;
         let files = [&mut self.state_dir, &mut tls.certificate, &mut tls.key, &mut tls.client_ca];
         for path in files.into_iter().chain(self.volumes.iter_mut().map(|v| &mut v.directory)) {
             *path = base.join(&*path);
+        }
+        if let Some(directory) = &mut self.journal.directory {
+            *directory = base.join(&*directory);
         }
     }
 
@@ -294,6 +427,13 @@ impl Config {
             ("binds", limits.binds),
             ("half_open_handshakes", limits.half_open_handshakes),
             ("half_open_per_address", limits.half_open_per_address),
+            ("tombstones", limits.tombstones),
+            ("locks_per_request", limits.locks_per_request),
+            ("locks_per_open", limits.locks_per_open),
+            ("locks_per_file", limits.locks_per_file),
+            ("lock_waiters_per_file", limits.lock_waiters_per_file),
+            ("waiting_opens", limits.waiting_opens),
+            ("waiting_opens_per_principal", limits.waiting_opens_per_principal),
         ];
         if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0 || *count > 1 << 24) {
             return Err(format!("limits.{name}: must be between 1 and 16777216"));
@@ -305,10 +445,17 @@ impl Config {
             ("handshake_ms", limits.handshake_ms),
             ("message_ms", limits.message_ms),
             ("fence_wait_ms", limits.fence_wait_ms),
+            ("wait_max_ms", limits.wait_max_ms),
         ] {
             if ms == 0 || ms > 3_600_000 {
                 return Err(format!("limits.{name}: must be between 1 and 3600000"));
             }
+        }
+        if limits.linger_ms > 3_600_000 {
+            return Err("limits.linger_ms: must be at most 3600000".into());
+        }
+        if self.journal.checkpoint_mib == 0 {
+            return Err("journal.checkpoint_mib: must be at least 1".into());
         }
         let mut names = BTreeSet::new();
         for volume in &self.volumes {
@@ -324,6 +471,9 @@ impl Config {
             }
             if !volume.directory.is_dir() {
                 return Err(format!("volume {name:?}: {} is not a directory", volume.directory.display()));
+            }
+            if volume.hold_ms > volume.hold_max_ms {
+                return Err(format!("volume {name:?}: hold_ms must be at most hold_max_ms"));
             }
             volume.id_bytes()?;
             let mut principals = BTreeSet::new();
@@ -376,6 +526,7 @@ mod tests {
         let config = load("").unwrap();
         assert_eq!(config.listen[0].port(), 7700);
         assert!(config.state_dir.ends_with("state") && config.state_dir.is_absolute());
+        assert!(config.journal_directory().ends_with("state/journal") && config.journal.sync);
     }
 
     #[test]
@@ -393,6 +544,11 @@ mod tests {
             ("lisen = []", "lisen"),
             ("listen = []", "listen"),
             ("[limits]\nopens = 0", "limits.opens"),
+            ("[limits]\nwait_max_ms = 0", "limits.wait_max_ms"),
+            ("[journal]\ncheckpoint_mib = 0", "journal.checkpoint_mib"),
+            ("[journal]\nsyncs = true", "syncs"),
+            ("[[volume]]\nname='a'\ndirectory='data'\nhold_ms=2\nhold_max_ms=1", "hold_ms"),
+            ("[[volume]]\nname='a'\ndirectory='data'\nlocks='none'", "none"),
             ("[limits]\nopen = 1", "open"),
             ("[[volume]]\nname='a/b'\ndirectory='data'", "a/b"),
             ("[[volume]]\nname='a'\ndirectory='nowhere'", "nowhere"),

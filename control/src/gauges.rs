@@ -1,7 +1,8 @@
 //! Counters and gauges, for the operator. Written from anywhere, read by the admin socket.
 
+use holdfast_shared::journal::record::Record;
 use holdfast_shared::state::Counts;
-use holdfast_shared::types::Status;
+use holdfast_shared::types::{GoneReason, Status, Verdict};
 use holdfast_shared::wire::control::{Reply, Request};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,8 +26,12 @@ kinds! {
     GetAttributes(..) => "get_attributes", SetAttributes(..) => "set_attributes", List(..) => "list",
     MakeDirectory(..) => "make_directory", Remove(..) => "remove", Rename(..) => "rename",
     VolumeStatus(..) => "volume_status", Volumes() => "volumes", MakeSymlink(..) => "make_symlink",
-    ReadSymlink(..) => "read_symlink", Ping() => "ping",
+    ReadSymlink(..) => "read_symlink", Ping() => "ping", Resume(..) => "resume", Lock(..) => "lock",
+    Unlock(..) => "unlock", CancelLock(..) => "cancel_lock", Logoff() => "logoff",
 }
+
+/// What a resume was told.
+const RESUMES: &[&str] = &["unchanged", "expired_unchanged", "changed", "gone"];
 
 macro_rules! gauges {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
@@ -35,6 +40,7 @@ macro_rules! gauges {
         pub struct Gauges {
             $($(#[$doc])* pub $name: AtomicU64,)*
             requests: [AtomicU64; KINDS.len()],
+            resumes: [AtomicU64; RESUMES.len()],
             refused: [AtomicU64; Status::ALL.len()],
         }
 
@@ -43,6 +49,7 @@ macro_rules! gauges {
                 Self {
                     $($name: AtomicU64::new(0),)*
                     requests: [const { AtomicU64::new(0) }; KINDS.len()],
+                    resumes: [const { AtomicU64::new(0) }; RESUMES.len()],
                     refused: [const { AtomicU64::new(0) }; Status::ALL.len()],
                 }
             }
@@ -55,7 +62,9 @@ macro_rules! gauges {
                 $(all.insert(stringify!($name).to_owned(), self.$name.load(Relaxed));)*
                 let requests = KINDS.iter().map(|kind| (*kind).to_owned()).zip(&self.requests);
                 let refused = Status::ALL.iter().map(|s| format!("{s:?}")).zip(&self.refused);
+                let resumes = RESUMES.iter().map(|how| (*how).to_owned()).zip(&self.resumes);
                 for (prefix, name, count) in requests.map(|(n, c)| ("requests_total", n, c))
+                    .chain(resumes.map(|(n, c)| ("resumes_total", n, c)))
                     .chain(refused.map(|(n, c)| ("refused_total", n, c)))
                 {
                     let count = count.load(Relaxed);
@@ -98,6 +107,34 @@ gauges! {
     half_open_evicted_total,
     /// Fences that were confirmed late, or not yet.
     fences_overdue_total,
+    /// 1 while the server recovers and lets nobody in.
+    recovering,
+    /// Opens found again at the start.
+    recovered_opens,
+    /// Opens whose file was not found again at the start.
+    recovered_lost,
+    /// Opens found again that are kept by their file's handle, for want of descriptors.
+    recovered_by_name,
+    /// How long the start took, from the state directory to the first accept, milliseconds.
+    recovery_ms,
+    /// 1 while the journal's disk is full.
+    journal_full,
+    /// Bytes of the journal.
+    journal_bytes,
+    /// Files of the journal.
+    journal_segments,
+    /// Records written.
+    journal_records_total,
+    /// Times the disk was waited for; each covers all records that had gathered.
+    journal_commits_total,
+    /// How long the oldest record of each of these waited, in all, microseconds.
+    journal_wait_us_total,
+    /// Checkpoints finished.
+    journal_checkpoints_total,
+    /// Opens that ended because somebody else wanted the file and their time was over.
+    evictions_total,
+    /// Opens that the operator ended.
+    force_closes_total,
     /// Binds granted.
     binds_granted_total,
     /// Binds refused.
@@ -110,11 +147,29 @@ impl Gauges {
         self.requests[kind(request)].fetch_add(1, Relaxed);
     }
 
-    /// Counts a refusal among the answers.
+    /// Counts refusals and resumes among the answers.
     pub fn answer(&self, reply: &Reply) {
-        if let Reply::Refused(refusal) = reply {
-            self.refused(refusal.status);
-        }
+        let resumed = match reply {
+            Reply::Refused(refusal) => return self.refused(refusal.status),
+            Reply::Resumed(resumed) => match resumed.verdict {
+                Verdict::Unchanged => 0,
+                Verdict::ExpiredUnchanged => 1,
+                Verdict::Changed => 2,
+            },
+            Reply::Gone(_) => 3,
+            _ => return,
+        };
+        self.resumes[resumed].fetch_add(1, Relaxed);
+    }
+
+    /// Counts what a record says has ended.
+    pub fn record(&self, record: &Record) {
+        let Record::Tombstone(tombstone) = record else { return };
+        match tombstone.reason {
+            GoneReason::Evicted => self.evictions_total.fetch_add(1, Relaxed),
+            GoneReason::ForceClosed => self.force_closes_total.fetch_add(1, Relaxed),
+            GoneReason::FileLost => return,
+        };
     }
 
     /// Counts a refusal.

@@ -1,38 +1,62 @@
 //! The link: a Unix socket on which one dataplane registers, redeems resume keys and confirms fences.
 //!
-//! A link that closes says nothing about the bindings behind it: dataplane may live, and its bindings go on until it
-//! registers anew (then they are drained) or is proven dead, which its process descriptor tells ([`Peer`]).
+//! ```text
+//!   Register(n), n × Held + descriptor ──► collected here, bounded ──► one Event::LinkBegin ──► driver
+//!   everything else                    ──► one Event::LinkMessage each
+//! ```
+//!
+//! A link that closes says nothing about the bindings behind it: dataplane may live, and its bindings go on. What it
+//! still has it tells at its next registration; what it had is gone when it is proven dead, which its process descriptor
+//! tells ([`Peer`]). A registration that is broken off leaves nothing behind: what had come of it is closed.
 //!
 //! Whoever connects must run under our own user. Each packet is one message; a descriptor travels with a grant
 //! (SCM_RIGHTS makes the duplicate: the receiver gets the same open file description).
 
 use crate::driver::Event;
-use holdfast_shared::types::{LINK_PACKET_BYTES_MAX, SERVICE_BLOB_BYTES_MAX};
-use holdfast_shared::wire::link::{Register, ToControl, ToDataplane};
+use holdfast_shared::types::{LINK_PACKET_BYTES_MAX, OpenId, SERVICE_BLOB_BYTES_MAX, Status};
+use holdfast_shared::wire::link::{Held, Register, Registered, ToControl, ToDataplane, VERSION};
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, listen, recvmsg, sendmsg,
-    socket_with, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, listen,
+    recvmsg, sendmsg, socket_with, sockopt,
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc};
 
-/// Time for a new connection to register.
+/// Time for a new connection to register, and for each packet of its registration.
 const REGISTER_WAIT: Duration = Duration::from_secs(5);
+/// Bindings that a registration may tell of.
+const HELD_MAX: u32 = 1 << 20;
 /// Connections at once; only one of them can be registered.
 const CONNECTIONS_MAX: usize = 8;
+
+/// What a dataplane registered.
+#[derive(Debug, Default)]
+pub struct Registration {
+    /// Handed on unread.
+    pub service_blob: Vec<u8>,
+    /// The bindings that live.
+    pub held: Vec<Held>,
+    /// Descriptors of their opens: one of each, as many as are still wanted.
+    pub descriptors: HashMap<OpenId, OwnedFd>,
+}
+
+/// How many descriptors a registration may leave with us. A control that has its opens needs none of them.
+pub type DescriptorsWanted = Arc<AtomicUsize>;
 
 /// A packet for dataplane.
 pub struct LinkPacket {
@@ -87,6 +111,12 @@ enum LinkError {
     Silent,
     #[error("its first message was not a registration")]
     NotRegistered,
+    #[error("it speaks version {0} of the link and not {VERSION}: both processes must come from one build")]
+    Version(u8),
+    #[error("it tells of {0} bindings; at most {HELD_MAX} are allowed")]
+    Held(u32),
+    #[error("its registration was broken off after {0} of {1} bindings")]
+    Half(usize, u32),
     #[error("its service blob has {0} bytes; at most {SERVICE_BLOB_BYTES_MAX} are allowed")]
     Blob(usize),
     #[error("{0}")]
@@ -129,7 +159,12 @@ fn watch(fd: OwnedFd, interest: Interest) -> std::io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Takes connections for ever.
-pub async fn serve(listener: AsyncFd<OwnedFd>, events: mpsc::Sender<Event>, binds: usize) {
+pub async fn serve(
+    listener: AsyncFd<OwnedFd>,
+    events: mpsc::Sender<Event>,
+    binds: usize,
+    wanted: DescriptorsWanted,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut number = 0;
     loop {
@@ -139,10 +174,10 @@ pub async fn serve(listener: AsyncFd<OwnedFd>, events: mpsc::Sender<Event>, bind
         match accepted {
             Ok(socket) => {
                 number += 1;
-                let events = events.clone();
+                let (events, wanted) = (events.clone(), wanted.clone());
                 tokio::spawn(async move {
                     let _place = place;
-                    if let Err(error) = connection(socket, number, &events, binds).await {
+                    if let Err(error) = connection(socket, number, &events, binds, &wanted).await {
                         tracing::warn!(%error, "link connection ended");
                     }
                 });
@@ -160,6 +195,7 @@ async fn connection(
     number: u64,
     events: &mpsc::Sender<Event>,
     binds: usize,
+    wanted: &DescriptorsWanted,
 ) -> Result<(), LinkError> {
     let peer = sockopt::socket_peercred(&socket)?;
     if peer.uid != rustix::process::geteuid() {
@@ -168,20 +204,22 @@ async fn connection(
     let peer = Peer::watch(peer.pid)?;
     let socket = watch(socket, Interest::READABLE | Interest::WRITABLE)?;
     let mut buffer = vec![0; LINK_PACKET_BYTES_MAX];
-    let first = tokio::time::timeout(REGISTER_WAIT, receive(&socket, &mut buffer)).await;
-    let register = match first.map_err(|_| LinkError::Silent)?? {
-        None => return Ok(()),
-        Some(ToControl::Register(register)) => checked(register)?,
-        Some(_) => return Err(LinkError::NotRegistered),
-    };
+    let Some((first, _)) = receive_in_time(&socket, &mut buffer).await? else { return Ok(()) };
+    let ToControl::Register(register) = first else { return Err(LinkError::NotRegistered) };
+    if let Err((status, error)) = checked(&register) {
+        let message = ToDataplane::Registered(Registered { status });
+        send(&socket, &LinkPacket { message, descriptor: None }).await?;
+        return Err(error);
+    }
+    let registration = collect(&socket, &mut buffer, register, wanted).await?;
     let (packets, mut queue) = mpsc::unbounded_channel::<LinkPacket>();
-    if events.send(Event::LinkBegin(number, register, packets)).await.is_err() {
+    if events.send(Event::LinkBegin(number, Box::new(registration), packets)).await.is_err() {
         return Ok(());
     }
     // Bind requests under way: the next is read when one is answered.
     let permits = Semaphore::new(binds);
     let read = async {
-        while let Some(message) = receive(&socket, &mut buffer).await? {
+        while let Some((message, _)) = receive(&socket, &mut buffer).await? {
             if matches!(message, ToControl::Redeem(_)) {
                 match permits.acquire().await {
                     Ok(permit) => permit.forget(),
@@ -210,20 +248,70 @@ async fn connection(
     result
 }
 
-fn checked(register: Register) -> Result<Register, LinkError> {
+/// What the answer to a registration is that can't be taken, whatever follows it.
+fn checked(register: &Register) -> Result<(), (Status, LinkError)> {
     let length = register.service_blob.len();
-    if length > SERVICE_BLOB_BYTES_MAX { Err(LinkError::Blob(length)) } else { Ok(register) }
+    if register.version != VERSION {
+        Err((Status::Version, LinkError::Version(register.version)))
+    } else if length > SERVICE_BLOB_BYTES_MAX {
+        Err((Status::Invalid, LinkError::Blob(length)))
+    } else if register.held > HELD_MAX {
+        Err((Status::TooMany, LinkError::Held(register.held)))
+    } else {
+        Ok(())
+    }
 }
 
-/// The next message; `None` at the end.
-async fn receive(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> Result<Option<ToControl>, LinkError> {
+/// The rest of a registration. Of each open one descriptor is kept, of as many opens as `wanted` says.
+async fn collect(
+    socket: &AsyncFd<OwnedFd>,
+    buffer: &mut [u8],
+    register: Register,
+    wanted: &DescriptorsWanted,
+) -> Result<Registration, LinkError> {
+    let mut registration = Registration { service_blob: register.service_blob, ..Registration::default() };
+    for got in 0..register.held {
+        let half = || LinkError::Half(registration.held.len(), register.held);
+        let Some((ToControl::Held(held), descriptor)) = receive_in_time(socket, buffer).await? else {
+            return Err(half());
+        };
+        tracing::trace!(got, binding = held.binding.0, "a held binding");
+        registration.held.push(held);
+        if let Some(descriptor) = descriptor
+            && registration.descriptors.len() < wanted.load(Ordering::Relaxed)
+        {
+            registration.descriptors.entry(held.open).or_insert(descriptor);
+        }
+    }
+    Ok(registration)
+}
+
+async fn receive_in_time(
+    socket: &AsyncFd<OwnedFd>,
+    buffer: &mut [u8],
+) -> Result<Option<(ToControl, Option<OwnedFd>)>, LinkError> {
+    let message = tokio::time::timeout(REGISTER_WAIT, receive(socket, buffer)).await;
+    message.map_err(|_| LinkError::Silent)?
+}
+
+/// The next message, and a descriptor that came with it; `None` at the end.
+async fn receive(
+    socket: &AsyncFd<OwnedFd>,
+    buffer: &mut [u8],
+) -> Result<Option<(ToControl, Option<OwnedFd>)>, LinkError> {
+    let mut descriptor = None;
     let read = |fd: &OwnedFd| {
-        // There is no room for descriptors: the kernel drops any that come.
-        let mut control = RecvAncillaryBuffer::default();
+        // Room for one: the kernel drops any more, and this one too if the process has no room for it.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(&mut *buffer)];
-        Ok(recvmsg(fd, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?)
+        let received = recvmsg(fd, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        descriptor = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        Ok(received)
     };
-    // Written out, because the closure borrows the buffer anew for each try.
     let received = socket.async_io(Interest::READABLE, read).await?;
     if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(LinkError::Long);
@@ -232,7 +320,7 @@ async fn receive(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> Result<Option<
         return Ok(None);
     }
     let bytes = buffer.get(..received.bytes).unwrap_or_default();
-    Ok(Some(from_cbor(bytes, LINK_PACKET_BYTES_MAX)?))
+    Ok(Some((from_cbor(bytes, LINK_PACKET_BYTES_MAX)?, descriptor)))
 }
 
 async fn send(socket: &AsyncFd<OwnedFd>, packet: &LinkPacket) -> Result<(), LinkError> {

@@ -1,12 +1,21 @@
 //! `holdfast-control --config FILE`: the control plane process.
 //!
 //! Prints one line on stdout when it is ready; logs go to stderr (`HOLDFAST_LOG` filters them). SIGTERM and SIGINT
-//! stop it cleanly.
+//! stop it cleanly: opens are in the journal, and back at the next start.
+//!
+//! | exit code | why |
+//! |---|---|
+//! | 0 | it was stopped |
+//! | 1 | it cannot start, or not go on: the last line on stderr says why |
+//! | 70 | a fault of its own (a panic) |
+//! | 74 | the journal's disk has failed |
+//!
+//! After 70 and 74 a supervisor starts it anew.
 
 use anyhow::Context;
 use clap::Parser;
 use holdfast_control::config::Config;
-use holdfast_control::server::{self, Ready};
+use holdfast_control::server::{self, Options, Ready};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{IsTerminal, Write};
@@ -23,6 +32,10 @@ struct Arguments {
     /// The config file (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Start anew where the journal is damaged, lost, or older than it was. Nothing of it is known then: every older
+    /// resume key is BadKey. The old journal is set aside, not removed
+    #[arg(long)]
+    accept_journal_loss: bool,
 }
 
 /// Exit code after a panic: our own bug, so a supervisor starts us anew.
@@ -40,6 +53,8 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
+    // First of all: nobody else may have opened a descriptor yet.
+    let inherited = holdfast_kernel::inherited();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("HOLDFAST_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = std::io::stderr().is_terminal();
@@ -60,13 +75,18 @@ fn run() -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
+    let options = Options {
+        accept_journal_loss: arguments.accept_journal_loss,
+        inherited,
+        notify: std::env::var_os("NOTIFY_SOCKET"),
+    };
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let stop = async {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         };
-        server::run(config, announce, stop).await
+        server::run(config, options, announce, stop).await
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -78,6 +98,8 @@ fn announce(ready: &Ready) {
         "listen": ready.listen,
         "admin": ready.admin,
         "link": ready.link,
+        "recovered": ready.recovered,
+        "lost": ready.lost,
     });
     let mut out = std::io::stdout().lock();
     // Whoever started us may have gone; we serve all the same.

@@ -6,6 +6,9 @@
 //! | `cluster` | 16 | the cluster's id, in every resume key |
 //! | `lock` | 0 | locked while a control process runs |
 //! | `dataplane.lock` | 0 | locked while a dataplane lives |
+//! | `generation` | text | counts the starts (see [`crate::generation`]) |
+//! | `last-write` | 8 | no write of dataplane returned later than this, nanoseconds since 1970, little-endian |
+//! | `journal/` | | what outlives a crash, unless the config puts it elsewhere |
 //!
 //! Directory 0700, files 0600. A secret that others may read or write is not used.
 
@@ -16,6 +19,9 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+/// The longest text that [`StateDir::read`] takes, bytes.
+const TEXT_BYTES_MAX: u64 = 4096;
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +164,46 @@ impl StateDir {
         Ok(Keyring::new(cluster, 1, &key))
     }
 
-    /// Reads a secret, or makes it: written aside, flushed, and only then given its name.
+    /// When dataplane last changed any file, nanoseconds since 1970: an upper bound. 0 if it is not known.
+    pub fn last_write_ns(&self) -> u64 {
+        let bytes = std::fs::read(self.file("last-write")).unwrap_or_default();
+        bytes.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
+    /// Reads a small text of the server's own; `None` if it is not there.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn read(&self, name: &str) -> Result<Option<String>, StateError> {
+        let path = self.file(name);
+        let mut text = String::new();
+        match std::fs::File::open(&path) {
+            Ok(file) => {
+                check_private(&path)?;
+                file.take(TEXT_BYTES_MAX).read_to_string(&mut text).map_err(io(&path))?;
+                Ok(Some(text))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io(&path)(error)),
+        }
+    }
+
+    /// Writes a file durably and in one step: written aside, flushed, and only then given its name.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
+        let (path, aside) = (self.file(name), self.file(&format!("{name}.new")));
+        let _ = std::fs::remove_file(&aside);
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        let file = openat(rustix::fs::CWD, &aside, flags, Mode::from_raw_mode(0o600));
+        let mut file = std::fs::File::from(file.map_err(|e| io(&aside)(e.into()))?);
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io(&aside))?;
+        std::fs::rename(&aside, &path).map_err(io(&path))?;
+        std::fs::File::open(&self.path).and_then(|dir| dir.sync_all()).map_err(io(&self.path))
+    }
+
+    /// Reads a secret, or makes it.
     fn secret<const N: usize>(&self, name: &str) -> Result<[u8; N], StateError> {
         let path = self.file(name);
         let mut secret = [0; N];
@@ -175,14 +220,7 @@ impl StateDir {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let failed = |_| io(&path)(std::io::Error::other("the random number generator failed"));
                 aws_lc_rs::rand::fill(&mut secret).map_err(failed)?;
-                let aside = self.file(&format!("{name}.new"));
-                let _ = std::fs::remove_file(&aside);
-                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-                let file = openat(rustix::fs::CWD, &aside, flags, Mode::from_raw_mode(0o600));
-                let mut file = std::fs::File::from(file.map_err(|e| io(&aside)(e.into()))?);
-                file.write_all(&secret).and_then(|()| file.sync_all()).map_err(io(&aside))?;
-                std::fs::rename(&aside, &path).map_err(io(&path))?;
-                std::fs::File::open(&self.path).and_then(|dir| dir.sync_all()).map_err(io(&self.path))?;
+                self.write(name, &secret)?;
             }
             Err(error) => return Err(io(&path)(error)),
         }

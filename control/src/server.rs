@@ -1,22 +1,33 @@
-//! Start and stop: everything is opened and checked before the first connection is taken.
+//! Start and stop: everything is opened and checked, and every open of before is back, before the first connection is taken.
+//!
+//! ```text
+//!   state directory ─► volumes, TLS ─► link, admin ─► boot ─► driver ─► TCP listeners ─► ready
+//!                                                                            │ stop
+//!                                       journal synced, nothing closed ◄─────┘
+//! ```
 
 use crate::accept::{self, Front};
+use crate::boot::{self, Found, Plan, Sources};
 use crate::config::{Config, Volume as VolumeConfig};
-use crate::driver::{Driver, Event};
+use crate::driver::{Driver, Event, Hands, Recovered};
 use crate::gauges::Gauges;
+use crate::notify::Store;
 use crate::secrets::StateDir;
 use crate::volume::Volume;
 use crate::{admin, link, tls};
 use anyhow::Context;
-use holdfast_shared::state::Authority;
-use holdfast_shared::state::rules::VolumeRules;
+use holdfast_shared::state::VolumeRules;
 use holdfast_shared::types::{ClusterId, VolumeId};
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
@@ -33,26 +44,206 @@ pub struct Ready {
     pub admin: PathBuf,
     /// The link.
     pub link: PathBuf,
+    /// Opens that were recovered.
+    pub recovered: u64,
+    /// Opens whose file is lost.
+    pub lost: u64,
 }
 
-/// Runs the server until `stop` is done, then closes every open cleanly.
+/// How to start, beside the config.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Start anew where the journal is damaged, lost or older than it was.
+    pub accept_journal_loss: bool,
+    /// Descriptors that the supervisor kept, with their names.
+    pub inherited: Vec<(String, OwnedFd)>,
+    /// The supervisor's notify socket.
+    pub notify: Option<OsString>,
+}
+
+/// Runs the server until `stop` is done. Nothing is closed then: opens are in the journal, and the next start has them.
 ///
 /// # Errors
 /// If it cannot start, or something fails that nothing can go on without.
 pub async fn run(
     config: Config,
+    options: Options,
     ready: impl FnOnce(&Ready),
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    tokio::pin!(stop);
+    let begin = Instant::now();
     let state = StateDir::open(&config.state_dir).context("state directory")?;
-    let keyring = state.keyring().context("state directory")?;
-    let mut volumes = HashMap::new();
-    let mut rules = Vec::new();
+    let cluster = state.keyring().context("state directory")?.cluster();
+    let (volumes, rules) = volumes(&config, cluster)?;
+    let acceptor = TlsAcceptor::from(tls::server_config(&config.tls).context("tls")?);
+    let gauges = Arc::new(Gauges::default());
+    gauges.recovering.store(1, Relaxed);
+    let limits = Arc::new(config.limits.clone());
+    let addresses = config.listen.clone();
+    let (events, mut queue) = mpsc::channel(EVENTS_MAX);
+
+    let (admin_path, link_path) = (state.file("admin.sock"), state.file("link.sock"));
+    let socket = |path: &PathBuf| format!("socket {} (its path may have 107 bytes)", path.display());
+    let link = link::listener(&link_path).with_context(|| socket(&link_path))?;
+    let admin = admin::listener(&admin_path).with_context(|| socket(&admin_path))?;
+    let descriptors_max = descriptors_max(&limits);
+    let wanted = Arc::new(AtomicUsize::new(descriptors_max));
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(link::serve(link, events.clone(), limits.binds, wanted.clone()));
+    tasks.spawn(admin::serve(admin, events.clone(), gauges.clone()));
+
+    let earlier = watch_earlier(&state, &events)?;
+    let plan = Plan {
+        config,
+        state,
+        volumes: volumes.clone(),
+        rules,
+        gauges: gauges.clone(),
+        accept_journal_loss: options.accept_journal_loss,
+    };
+    let recover = async {
+        let read = tokio::task::spawn_blocking(move || plan.read_journal().map(|read| (plan.state, read)));
+        let (state, read) = read.await.context("the start died")??;
+        let registered = if earlier { boot::living(&mut queue).await } else { None };
+        let store = Store::connect(options.notify.as_deref(), read.generation)
+            .context("the supervisor's notify socket")?;
+        recover(
+            state,
+            read,
+            registered,
+            (options.inherited, store),
+            (volumes, gauges.clone()),
+            descriptors_max,
+        )
+        .await
+    };
+    let (_state, driver, store) = tokio::select! {
+        recovered = recover => recovered?,
+        () = &mut stop => {
+            tracing::info!("stopped while recovering; nothing has changed");
+            return Ok(());
+        }
+        _ = tasks.join_next() => anyhow::bail!("a listener ended"),
+    };
+    // A registration from now on meets opens that have their descriptors.
+    wanted.store(0, Relaxed);
+    let mut driver = tokio::spawn(driver.run(queue));
+
+    let mut listen = Vec::new();
+    let mut listeners = Vec::new();
+    for address in &addresses {
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        listen.push(listener.local_addr()?);
+        listeners.push(listener);
+    }
+    let front = Front::new(events.clone(), acceptor, limits.clone(), gauges.clone());
+    for listener in listeners {
+        tasks.spawn(accept::serve(listener, front.clone()));
+    }
+    gauges.recovering.store(0, Relaxed);
+    gauges.recovery_ms.store(u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX), Relaxed);
+    let (recovered, lost) = (gauges.recovered_opens.load(Relaxed), gauges.recovered_lost.load(Relaxed));
+    ready(&Ready { listen, admin: admin_path, link: link_path, recovered, lost });
+    if let Some(store) = &store {
+        store.ready();
+    }
+
+    tokio::select! {
+        () = stop => {}
+        ended = &mut driver => {
+            ended.context("the driver died")??;
+            anyhow::bail!("the driver ended");
+        }
+        _ = tasks.join_next() => anyhow::bail!("a listener ended"),
+    }
+    tracing::info!("stopping: opens stay in the journal, and are back at the next start");
+    if let Some(store) = &store {
+        store.stopping();
+    }
+    let (stopped, all_durable) = oneshot::channel();
+    if events.send(Event::Stop(stopped)).await.is_ok() {
+        let wait = Duration::from_millis(limits.stop_ms);
+        if tokio::time::timeout(wait, all_durable).await.is_err() {
+            tracing::warn!("the journal took too long; what it did not confirm was not promised to anybody");
+        }
+    }
+    Ok(())
+}
+
+/// Finds the files again, and makes the driver that knows them.
+async fn recover(
+    state: StateDir,
+    read: boot::Journalled,
+    mut registered: Option<boot::Registered>,
+    (inherited, store): (Vec<(String, OwnedFd)>, Option<Store>),
+    (volumes, gauges): (HashMap<VolumeId, Arc<Volume>>, Arc<Gauges>),
+    descriptors_max: usize,
+) -> anyhow::Result<(StateDir, Driver, Option<Store>)> {
+    let held = registered.as_mut().map(|(_, registration, _)| std::mem::take(&mut registration.descriptors));
+    let work = move || {
+        let sources = Sources {
+            volumes: &volumes,
+            held: held.unwrap_or_default(),
+            inherited,
+            store: store.as_ref(),
+            descriptors_max,
+            gauges: &gauges,
+        };
+        let Found { reopened, files } = boot::reopen(read.reopens, sources)?;
+        let recovered = Recovered { authority: read.authority, reopened, files, registered };
+        let hands = Hands {
+            volumes,
+            gauges,
+            store: store.clone(),
+            journal: read.journal,
+            journal_early: read.early,
+            journal_events: read.events,
+        };
+        Ok::<_, anyhow::Error>((Driver::new(recovered, hands), store))
+    };
+    let runtime = tokio::runtime::Handle::current();
+    // What the authority wants done with what was found begins on this thread already.
+    let work = tokio::task::spawn_blocking(move || {
+        let _runtime = runtime.enter();
+        work()
+    });
+    let (driver, store) = work.await.context("the start died")??;
+    Ok((state, driver, store))
+}
+
+/// True if a dataplane of before lives. Its end is told as an event.
+fn watch_earlier(state: &StateDir, events: &mpsc::Sender<Event>) -> anyhow::Result<bool> {
+    let Some(lock) = state.living_dataplane().context("state directory")? else { return Ok(false) };
+    let events = events.clone();
+    // A thread of its own: it may wait for ever, and nobody waits for it.
+    std::thread::spawn(move || match lock.wait_until_free() {
+        // Nobody listens any more when the process ends.
+        Ok(()) => drop(events.blocking_send(Event::EarlierDataplaneDead)),
+        Err(error) => tracing::error!(%error, "cannot see whether dataplane lives; it must register"),
+    });
+    Ok(true)
+}
+
+/// Descriptors that recovered opens may take.
+fn descriptors_max(limits: &crate::config::Limits) -> usize {
+    if limits.reopened_files > 0 {
+        return limits.reopened_files;
+    }
+    let allowed = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    allowed.map_or(usize::MAX, |allowed| usize::try_from(allowed / 4 * 3).unwrap_or(usize::MAX))
+}
+
+type OpenVolumes = (HashMap<VolumeId, Arc<Volume>>, Vec<VolumeRules>);
+
+fn volumes(config: &Config, cluster: ClusterId) -> anyhow::Result<OpenVolumes> {
+    let (mut volumes, mut rules) = (HashMap::new(), Vec::new());
     for volume in &config.volumes {
         let opened = Volume::open(&volume.directory).with_context(|| {
             format!("volume {:?}: {} (openat2 and /proc are needed)", volume.name, volume.directory.display())
         })?;
-        let rule = rules_of(volume, keyring.cluster())?;
+        let rule = rules_of(volume, cluster)?;
         anyhow::ensure!(
             volumes.insert(rule.id, Arc::new(opened)).is_none(),
             "volume {:?} has another one's id",
@@ -63,60 +254,7 @@ pub async fn run(
     if rules.is_empty() {
         tracing::warn!("no volume is configured: there is nothing to open");
     }
-    let acceptor = TlsAcceptor::from(tls::server_config(&config.tls).context("tls")?);
-
-    let gauges = Arc::new(Gauges::default());
-    let authority = Authority::new(config.limits.authority(), rules, keyring);
-    let (events, queue) = mpsc::channel(EVENTS_MAX);
-    let earlier = state.living_dataplane().context("state directory")?;
-    let may_live = earlier.is_some();
-    if let Some(lock) = earlier {
-        let events = events.clone();
-        // A thread of its own: it may wait for ever, and nobody waits for it.
-        std::thread::spawn(move || match lock.wait_until_free() {
-            // Nobody listens any more when the process ends.
-            Ok(()) => drop(events.blocking_send(Event::EarlierDataplaneDead)),
-            Err(error) => tracing::error!(%error, "cannot see whether dataplane lives; it must register"),
-        });
-    }
-    let mut driver = tokio::spawn(Driver::run(authority, volumes, gauges.clone(), may_live, queue));
-
-    let addresses =
-        Ready { listen: Vec::new(), admin: state.file("admin.sock"), link: state.file("link.sock") };
-    let socket = |path: &PathBuf| format!("socket {} (its path may have 107 bytes)", path.display());
-    let link = link::listener(&addresses.link).with_context(|| socket(&addresses.link))?;
-    let admin = admin::listener(&addresses.admin).with_context(|| socket(&addresses.admin))?;
-    let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(link::serve(link, events.clone(), config.limits.binds));
-    tasks.spawn(admin::serve(admin, events.clone(), gauges.clone()));
-
-    let front = Front::new(events.clone(), acceptor, Arc::new(config.limits.clone()), gauges);
-    let mut listen = Vec::new();
-    for address in &config.listen {
-        let listener =
-            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-        listen.push(listener.local_addr()?);
-        tasks.spawn(accept::serve(listener, front.clone()));
-    }
-    ready(&Ready { listen, ..addresses });
-
-    tokio::select! {
-        () = stop => {}
-        ended = &mut driver => {
-            ended.context("the driver died")??;
-            anyhow::bail!("the driver ended");
-        }
-        _ = tasks.join_next() => anyhow::bail!("a listener ended"),
-    }
-    tracing::info!("stopping: every open is fenced and closed");
-    let (stopped, all_closed) = oneshot::channel();
-    if events.send(Event::Stop(stopped)).await.is_ok() {
-        let wait = Duration::from_millis(config.limits.stop_ms);
-        if tokio::time::timeout(wait, all_closed).await.is_err() {
-            tracing::warn!("some opens were not confirmed closed in time");
-        }
-    }
-    Ok(())
+    Ok((volumes, rules))
 }
 
 fn rules_of(volume: &VolumeConfig, cluster: ClusterId) -> anyhow::Result<VolumeRules> {
@@ -135,5 +273,8 @@ fn rules_of(volume: &VolumeConfig, cluster: ClusterId) -> anyhow::Result<VolumeR
         name: volume.name.clone(),
         policy: volume.mac_policy.into(),
         grants: grants.collect(),
+        lock_mode: volume.locks.into(),
+        hold_default_ms: volume.hold_ms,
+        hold_max_ms: volume.hold_max_ms,
     })
 }

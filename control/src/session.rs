@@ -13,6 +13,7 @@ use holdfast_shared::state::SessionBegan;
 use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, SessionId, Status};
 use holdfast_shared::wire::control::{Hello, Reply, ReplyMessage, Request, RequestMessage, VERSION};
 use holdfast_shared::wire::{WireError, from_cbor, to_cbor};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -84,6 +85,7 @@ pub async fn run(
 ) -> Result<(), SessionError> {
     let who = tls::principal(stream.get_ref().1);
     let key = tls::session_key(stream.get_ref().1);
+    let address = stream.get_ref().0.peer_addr()?;
     let (mut reader, mut writer) = tokio::io::split(stream);
     let hello = async {
         let (who, key) = (who?, key?);
@@ -120,13 +122,14 @@ pub async fn run(
         }
     };
     drop(place);
-    serve(reader, writer, began, front).await
+    serve(reader, writer, began, address, front).await
 }
 
 async fn serve<S>(
     mut reader: tokio::io::ReadHalf<S>,
     mut writer: tokio::io::WriteHalf<S>,
     began: SessionBegan,
+    address: SocketAddr,
     front: &Front,
 ) -> Result<(), SessionError>
 where
@@ -137,7 +140,7 @@ where
     let permits = Semaphore::new(places);
     // One more for the answer to hello, and one for the end.
     let (answers, mut queue) = mpsc::channel(places + 2);
-    if front.events.send(Event::Begin(Box::new(began), answers)).await.is_err() {
+    if front.events.send(Event::Begin(Box::new(began), address, answers)).await.is_err() {
         return Ok(());
     }
     let read = async {

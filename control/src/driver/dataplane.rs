@@ -4,18 +4,16 @@
 //!             Register                     link closes
 //!  (none) ───────────────► Link: linked ──────────────► Silent: bindings stay
 //!     ▲                        ▲                          │        │
-//!     │                        └── Register (= drained) ──┘        │
+//!     │                        └─ Register, with what lives        │
 //!     └────────────────────────────── process dead ────────────────┘
 //! ```
 
 use super::files::Done;
 use super::{Driver, fresh};
-use crate::link::{LinkPacket, Peer};
+use crate::link::{LinkPacket, Peer, Registration};
 use holdfast_shared::state::Input;
 use holdfast_shared::types::Status;
-use holdfast_shared::wire::link::{
-    Gauge, RedeemResult, Redeemed, Register, Registered, ToControl, ToDataplane, VERSION,
-};
+use holdfast_shared::wire::link::{Gauge, RedeemResult, Redeemed, Registered, ToControl, ToDataplane};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -72,46 +70,32 @@ impl Driver {
         }
     }
 
-    pub(super) fn earlier_dataplane_lives(&mut self) {
-        tracing::info!("a dataplane is running; nothing is opened before it has let go of earlier bindings");
-        self.earlier = true;
-        self.input(Input::DataplaneMayLive);
-    }
-
-    pub(super) fn earlier_dataplane_dead(&mut self) {
-        if std::mem::take(&mut self.earlier) {
-            tracing::info!("the earlier dataplane is dead");
-            self.input(Input::LinkLost);
-        }
-    }
-
+    /// Version and form of the registration are checked already. Descriptors that come with it are only of use to a control
+    /// that starts.
     pub(super) fn begin_link(
         &mut self,
         id: u64,
-        register: Register,
+        registration: Registration,
         packets: mpsc::UnboundedSender<LinkPacket>,
     ) {
-        let status = if register.version != VERSION {
-            Status::Version
-        } else if self.link.is_some() {
-            Status::TooMany
-        } else {
-            Status::Ok
-        };
-        let message = ToDataplane::Registered(Registered { status });
-        let _ = packets.send(LinkPacket { message, descriptor: None });
+        let status = if self.link.is_some() { Status::TooMany } else { Status::Ok };
+        let registered =
+            LinkPacket { message: ToDataplane::Registered(Registered { status }), descriptor: None };
         if status != Status::Ok {
             // Without its sender the connection sends what is queued and ends.
             tracing::warn!(?status, "a dataplane was refused");
+            let _ = packets.send(registered);
             return;
         }
-        tracing::info!("dataplane linked");
+        tracing::info!(bindings = registration.held.len(), "dataplane linked");
         self.gauges.link_up.store(1, Relaxed);
-        // Its registration says that whatever was bound before is drained.
+        // Its registration says what of all that was bound before is still there.
         self.silent = None;
-        self.earlier = false;
+        let Registration { service_blob, held, .. } = registration;
+        self.input(Input::LinkUp { service_blob, held });
+        // It has been taken. What follows from it comes behind: effects are performed later.
+        let _ = packets.send(registered);
         self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0 });
-        self.input(Input::LinkUp { service_blob: register.service_blob });
     }
 
     pub(super) fn link_message(&mut self, message: ToControl) -> anyhow::Result<()> {
@@ -122,6 +106,10 @@ impl Driver {
             ToControl::Redeem(redeem) => {
                 self.input(Input::Redeem { redeem: Box::new(redeem), fresh: fresh()? });
             }
+            ToControl::Held(_) => {
+                tracing::warn!("dataplane tells of a binding outside of a registration; ignored");
+            }
+            ToControl::Restricted(restricted) => self.input(Input::Restricted(restricted)),
             ToControl::Fenced(fence) => self.input(Input::Fenced(fence)),
             ToControl::Released(binding) => self.input(Input::Released(binding)),
             ToControl::Gauges(gauges) => {

@@ -1,43 +1,55 @@
 //! The one owner of the authority: takes events one at a time, performs what the authority wants done.
 //!
-//! It never blocks: file system work runs on blocking threads and comes back as events, answers and link messages go into
-//! queues whose length is bounded by what may be under way.
+//! It never blocks: file system work runs on blocking threads and comes back as events, records go to the journal's thread,
+//! answers and link messages go into queues whose length is bounded by what may be under way.
 //!
 //! ```text
 //!   sessions, link ──Event──►┐                      ┌─► answers (one queue a session)
-//!                            ├─► Authority ─Effect─►├─► packets (link)
-//!   blocking threads ─Done──►┘                      └─► blocking threads
+//!   journal ──JournalEvent──►├─► Authority ─Effect─►├─► packets (link)
+//!   blocking threads ─Done──►┘                      ├─► records (journal)
+//!                                                   └─► blocking threads
 //! ```
 
 mod dataplane;
 mod files;
+mod operator;
+mod records;
 
 use crate::errno::refusal;
 use crate::gauges::Gauges;
-use crate::link::{LinkPacket, Peer};
+use crate::journal::{Journal, JournalEvent, Kind};
+use crate::link::{LinkPacket, Peer, Registration};
+use crate::notify::Store;
 use crate::volume::Volume;
 use dataplane::{Link, Silent};
-use files::{Done, HeldFile};
-use holdfast_shared::state::{Authority, Effect, FileId, Fresh, Input, SessionBegan};
-use holdfast_shared::types::{SessionId, Status, Timestamp, VolumeId};
+use files::Done;
+use holdfast_shared::state::{Authority, Effect, FileId, Fresh, Input, Inspected, SessionBegan};
+use holdfast_shared::types::{OpenId, SessionId, Status, Timestamp, VolumeId};
 use holdfast_shared::wire::control::{Refusal, ReplyMessage, Request};
-use holdfast_shared::wire::link::{Gauge, RedeemResult, Redeemed, Register, ToControl, ToDataplane};
+use holdfast_shared::wire::link::{Gauge, RedeemResult, Redeemed, ToControl, ToDataplane};
+use records::Records;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 
+pub use files::{HeldFile, OpenFile};
+
+/// Exit code when the journal's disk has failed: no promise can be kept any more, and a supervisor starts us anew.
+pub const EXIT_JOURNAL: i32 = 74;
+
 /// What sessions, link and admin bring.
 pub enum Event {
-    /// A session begins; its answers go there.
-    Begin(Box<SessionBegan>, mpsc::Sender<Answer>),
+    /// A session begins, from that address; its answers go there.
+    Begin(Box<SessionBegan>, SocketAddr, mpsc::Sender<Answer>),
     /// A session asks.
     Request(SessionId, u64, Box<Request>),
     /// A session's connection is gone.
     Lost(SessionId),
     /// A dataplane registers, on the link connection of that number.
-    LinkBegin(u64, Register, mpsc::UnboundedSender<LinkPacket>),
+    LinkBegin(u64, Box<Registration>, mpsc::UnboundedSender<LinkPacket>),
     /// It says something.
     LinkMessage(u64, ToControl),
     /// That connection has closed. The process behind it may live.
@@ -46,7 +58,13 @@ pub enum Event {
     EarlierDataplaneDead,
     /// Somebody wants dataplane's gauges.
     Gauges(oneshot::Sender<Vec<Gauge>>),
-    /// Close everything; tell when it is done.
+    /// The operator wants to see opens behind the one given, at most that many; and the next page's beginning.
+    Opens(Option<OpenId>, usize, oneshot::Sender<serde_json::Value>),
+    /// The same of sessions.
+    Sessions(Option<SessionId>, usize, oneshot::Sender<serde_json::Value>),
+    /// The operator ends an open. Whether it was there.
+    ForceClose(OpenId, oneshot::Sender<bool>),
+    /// Stop; nothing is closed. Tell when all that was promised is durable.
     Stop(oneshot::Sender<()>),
 }
 
@@ -58,83 +76,145 @@ pub enum Answer {
     End,
 }
 
+/// What was recovered before the driver runs.
+pub struct Recovered {
+    /// With every recorded open in it.
+    pub authority: Authority,
+    /// How each recorded file was found again.
+    pub reopened: Vec<(OpenId, Result<Inspected, String>)>,
+    /// The files, under the names that the authority gave them.
+    pub files: HashMap<FileId, HeldFile>,
+    /// The registration of the dataplane that lives, on the link connection of that number.
+    pub registered: Option<(u64, Box<Registration>, mpsc::UnboundedSender<LinkPacket>)>,
+}
+
+/// What the driver works with.
+pub struct Hands {
+    /// The volumes.
+    pub volumes: HashMap<VolumeId, Arc<Volume>>,
+    /// Counters.
+    pub gauges: Arc<Gauges>,
+    /// The supervisor, if it keeps descriptors for us.
+    pub store: Option<Store>,
+    /// The journal, and the number of the last record in it.
+    pub journal: (Journal, u64),
+    /// What it has told already.
+    pub journal_early: Vec<JournalEvent>,
+    /// What it tells.
+    pub journal_events: mpsc::UnboundedReceiver<JournalEvent>,
+}
+
+/// A session's connection.
+struct Connection {
+    answers: mpsc::Sender<Answer>,
+    address: SocketAddr,
+}
+
 /// The driver.
 pub struct Driver {
     authority: Authority,
     volumes: HashMap<VolumeId, Arc<Volume>>,
     gauges: Arc<Gauges>,
+    store: Option<Store>,
+    records: Records,
     start: Instant,
-    sessions: HashMap<SessionId, mpsc::Sender<Answer>>,
+    sessions: HashMap<SessionId, Connection>,
     files: HashMap<FileId, HeldFile>,
     link: Option<Link>,
     /// The dataplane whose link has closed, while it may live.
     silent: Option<Silent>,
-    /// A dataplane of an earlier control may live, and has not registered with us.
-    earlier: bool,
     done: mpsc::UnboundedSender<Done>,
+    results: mpsc::UnboundedReceiver<Done>,
+    journal_events: mpsc::UnboundedReceiver<JournalEvent>,
     effects: Vec<Effect>,
     stopping: Option<oneshot::Sender<()>>,
 }
 
 impl Driver {
-    /// Runs until the events end. If a dataplane of an earlier control may live, nothing is opened before it has
-    /// registered or [`Event::EarlierDataplaneDead`] has come.
-    ///
-    /// # Errors
-    /// If the random number generator fails: then nothing may go on.
-    pub async fn run(
-        authority: Authority,
-        volumes: HashMap<VolumeId, Arc<Volume>>,
-        gauges: Arc<Gauges>,
-        dataplane_may_live: bool,
-        mut events: mpsc::Receiver<Event>,
-    ) -> anyhow::Result<()> {
-        let (done, mut results) = mpsc::unbounded_channel();
+    /// Tells the authority how the recorded files were found, and what the dataplane that lives has. Hold times count from now.
+    pub fn new(recovered: Recovered, hands: Hands) -> Self {
+        let (done, results) = mpsc::unbounded_channel();
         let mut driver = Self {
-            authority,
-            volumes,
-            gauges,
+            authority: recovered.authority,
+            volumes: hands.volumes,
+            gauges: hands.gauges,
+            store: hands.store,
+            records: Records::new(hands.journal.0, hands.journal.1),
             start: Instant::now(),
             sessions: HashMap::new(),
-            files: HashMap::new(),
+            files: recovered.files,
             link: None,
             silent: None,
-            earlier: false,
             done,
+            results,
+            journal_events: hands.journal_events,
             effects: Vec::new(),
             stopping: None,
         };
-        if dataplane_may_live {
-            driver.earlier_dataplane_lives();
+        for event in hands.journal_early {
+            driver.journal_event(event);
         }
+        for (open, result) in recovered.reopened {
+            driver.input(Input::Reopened { open, result });
+            driver.perform_effects();
+        }
+        if let Some((id, registration, packets)) = recovered.registered {
+            driver.begin_link(id, *registration, packets);
+            driver.perform_effects();
+        }
+        driver.gauges.show(driver.authority.counts());
+        driver
+    }
+
+    /// Runs until it is stopped, or the events end.
+    ///
+    /// # Errors
+    /// If the random number generator fails: then nothing may go on.
+    pub async fn run(mut self, mut events: mpsc::Receiver<Event>) -> anyhow::Result<()> {
         loop {
-            let due = driver.authority.poll_timeout();
+            let due = self.authority.poll_timeout();
+            let start = self.start;
             let alarm = async {
                 match due {
                     Some(due) => {
-                        let at = driver.start + Duration::from_nanos(due.as_nanos());
-                        tokio::time::sleep_until(at.into()).await;
+                        tokio::time::sleep_until((start + Duration::from_nanos(due.as_nanos())).into()).await;
                     }
                     None => std::future::pending().await,
                 }
             };
+            let chunk = self.records.wants_chunk();
             tokio::select! {
                 // What is under way ends before anything new begins.
                 biased;
-                Some(done) = results.recv() => driver.finished(done),
+                Some(done) = self.results.recv() => self.finished(done),
+                Some(event) = self.journal_events.recv() => self.journal_event(event),
                 () = alarm => {
-                    let now = driver.now();
-                    driver.authority.handle_timeout(now, &mut driver.effects);
+                    let now = self.now();
+                    self.authority.handle_timeout(now, &mut self.effects);
                 }
                 event = events.recv() => match event {
-                    Some(event) => driver.event(event)?,
-                    None => return Ok(()),
+                    Some(event) => self.event(event)?,
+                    None => break,
                 },
+                // A checkpoint goes on behind each event, and while there is none.
+                () = std::future::ready(()), if chunk => {}
             }
-            driver.perform_effects();
-            driver.gauges.show(driver.authority.counts());
-            driver.stopped();
+            if chunk {
+                self.records.chunk(&self.authority, &self.gauges);
+            }
+            self.perform_effects();
+            self.gauges.show(self.authority.counts());
+            if self.stopping.is_some() && self.records.idle() {
+                break;
+            }
         }
+        let Self { records, stopping, .. } = self;
+        // It joins its thread, which may be at a sync.
+        let _ = tokio::task::spawn_blocking(move || drop(records)).await;
+        if let Some(stopping) = stopping {
+            let _ = stopping.send(());
+        }
+        Ok(())
     }
 
     fn now(&self) -> Timestamp {
@@ -152,14 +232,14 @@ impl Driver {
     }
 
     fn event(&mut self, event: Event) -> anyhow::Result<()> {
+        if self.stopping.is_some() {
+            // Nothing is begun any more. To clients it is as if we were gone already.
+            return Ok(());
+        }
         match event {
-            Event::Begin(began, answers) => {
-                self.sessions.insert(began.session, answers);
-                if self.stopping.is_some() {
-                    self.end_session(began.session);
-                } else {
-                    self.input(Input::SessionBegan(began));
-                }
+            Event::Begin(began, address, answers) => {
+                self.sessions.insert(began.session, Connection { answers, address });
+                self.input(Input::SessionBegan(began));
             }
             Event::Request(session, id, request) => {
                 self.gauges.request(&request);
@@ -169,33 +249,63 @@ impl Driver {
                 self.sessions.remove(&session);
                 self.input(Input::SessionLost(session));
             }
-            Event::LinkBegin(id, register, packets) => self.begin_link(id, register, packets),
+            Event::LinkBegin(id, registration, packets) => self.begin_link(id, *registration, packets),
             Event::LinkMessage(id, message) => {
                 if self.link.as_ref().is_some_and(|link| link.id == id) {
                     self.link_message(message)?;
                 }
             }
             Event::LinkEnd(id, peer) => self.end_link(id, peer),
-            Event::EarlierDataplaneDead => self.earlier_dataplane_dead(),
+            // Whoever waited for that has seen it before we ran.
+            Event::EarlierDataplaneDead => {}
             Event::Gauges(answer) => self.ask_gauges(answer),
+            Event::Opens(after, max, answer) => drop(answer.send(self.show_opens(after, max))),
+            Event::Sessions(after, max, answer) => drop(answer.send(self.show_sessions(after, max))),
+            Event::ForceClose(open, answer) => {
+                let there = self.find_open(open).is_some();
+                if there {
+                    tracing::warn!(%open, "the operator closes an open by force");
+                    self.input(Input::ForceClose(open));
+                }
+                let _ = answer.send(there);
+            }
             Event::Stop(stopped) => {
                 self.stopping = Some(stopped);
                 let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
                 for session in sessions {
                     self.end_session(session);
-                    self.input(Input::SessionLost(session));
                 }
             }
         }
         Ok(())
     }
 
-    /// When stopping: tells that nothing is left.
-    fn stopped(&mut self) {
-        let counts = self.authority.counts();
-        if counts.opens == 0 && counts.operations == 0 {
-            if let Some(stopping) = self.stopping.take() {
-                let _ = stopping.send(());
+    fn journal_event(&mut self, event: JournalEvent) {
+        match event {
+            JournalEvent::Persisted(through) => {
+                if let Some(sequence) = self.records.persisted(through, &self.gauges) {
+                    self.input(Input::Persisted(sequence));
+                }
+            }
+            JournalEvent::Room(room) => {
+                if room {
+                    tracing::warn!("the journal has room again: opens and locks are granted");
+                } else {
+                    tracing::error!(
+                        "the journal's disk is full: opens and locks are refused until there is room"
+                    );
+                }
+                self.gauges.journal_full.store(u64::from(!room), Relaxed);
+                self.input(Input::JournalRoom(room));
+            }
+            JournalEvent::CheckpointBegun => self.records.checkpoint_begun(),
+            JournalEvent::CheckpointDone => self.records.checkpoint_done(&self.gauges),
+            JournalEvent::Failed(words) => {
+                tracing::error!(
+                    "the journal has failed: {words}. Nothing that is promised from now on would outlive a crash, so this \
+                     process ends (exit code {EXIT_JOURNAL}); its next start reads what is on the disk"
+                );
+                std::process::exit(EXIT_JOURNAL);
             }
         }
     }
@@ -206,10 +316,22 @@ impl Driver {
             Done::Input(input) => self.input(input),
             Done::Opened(operation, file, result) => {
                 let result = result.map(|(opened, held)| {
-                    self.files.insert(file, held);
+                    self.files.insert(file, HeldFile::Open(held));
                     opened
                 });
                 self.input(Input::FileOpened { operation, result });
+            }
+            Done::Reopened(operation, file, result) => {
+                let result = result.map(|found| {
+                    found.map(|(held, inspected)| {
+                        // Unless it was closed, or opened, meanwhile.
+                        if let Some(place @ HeldFile::Named(_)) = self.files.get_mut(&file) {
+                            *place = HeldFile::Open(held);
+                        }
+                        inspected
+                    })
+                });
+                self.input(Input::Inspected { operation, result });
             }
         }
     }
@@ -243,23 +365,30 @@ impl Driver {
             }
             Effect::Resolve { operation, names } => self.resolve(operation, names),
             Effect::Perform { operation, work } => self.work(operation, work),
-            Effect::Grant { id, file, grant } => {
-                let fd = self.files.get(&file).map(|held| held.fd.clone());
-                match fd {
-                    Some(fd) => {
-                        tracing::debug!(open = %grant.open, handle = %grant.handle, "bind granted");
-                        self.gauges.binds_granted_total.fetch_add(1, Relaxed);
-                        let result = RedeemResult::Granted(grant);
-                        self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), Some(fd));
-                    }
-                    None => {
-                        tracing::error!(open = %grant.open, "an open without a descriptor");
-                        self.refuse_bind(id, Status::Internal);
-                        self.input(Input::Released(grant.binding));
-                    }
+            Effect::Grant { id, file, grant } => match self.fd(file) {
+                Ok(fd) => {
+                    tracing::debug!(open = %grant.open, handle = %grant.handle, "bind granted");
+                    self.gauges.binds_granted_total.fetch_add(1, Relaxed);
+                    let result = RedeemResult::Granted(grant);
+                    self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), Some(fd));
                 }
-            }
+                Err(refusal) => {
+                    tracing::error!(open = %grant.open, why = refusal.detail, "an open without a descriptor");
+                    self.refuse_bind(id, refusal.status);
+                    self.input(Input::Released(grant.binding));
+                }
+            },
             Effect::RefuseBind { id, status } => self.refuse_bind(id, status),
+            Effect::Persist { sequence, record, releasing } => {
+                let kind = if releasing { Kind::Releasing } else { Kind::Ordinary };
+                self.gauges.record(&record);
+                self.records.persist(sequence, &record, kind, &self.gauges);
+            }
+            Effect::Inspect { operation, file } => self.inspect(operation, file),
+            Effect::InspectLost { operation, at, file_handle, identity } => {
+                self.inspect_lost(operation, at, file_handle, identity);
+            }
+            Effect::Restrict(restrict) => self.to_dataplane(ToDataplane::Restrict(restrict), None),
             Effect::Fence(fence) => self.to_dataplane(ToDataplane::Fence(fence), None),
             Effect::FenceOverdue(binding) => {
                 self.gauges.fences_overdue_total.fetch_add(1, Relaxed);
@@ -272,9 +401,9 @@ impl Driver {
     }
 
     fn answer(&mut self, session: SessionId, answer: Answer) {
-        let Some(answers) = self.sessions.get(&session) else { return };
+        let Some(connection) = self.sessions.get(&session) else { return };
         // The queue holds one place for each request that may be under way, and one for the end.
-        if answers.try_send(answer).is_err() {
+        if connection.answers.try_send(answer).is_err() {
             self.sessions.remove(&session);
         }
     }
@@ -291,14 +420,26 @@ fn internal() -> Refusal {
 
 /// Fresh randomness for one input.
 fn fresh() -> anyhow::Result<Box<Fresh>> {
-    let mut fresh = Fresh { open: [0; 16], handle: [0; 16], challenge: [0; 32], nonce: [0; 12], wall_ms: 0 };
-    let parts: [&mut [u8]; 4] = [&mut fresh.open, &mut fresh.handle, &mut fresh.challenge, &mut fresh.nonce];
+    let mut fresh = Fresh {
+        open: [0; 16],
+        handle: [0; 16],
+        challenge: [0; 32],
+        nonce: [0; 12],
+        secret_nonce: [0; 12],
+        wall_ms: wall_ms(),
+    };
+    let parts: [&mut [u8]; 5] =
+        [&mut fresh.open, &mut fresh.handle, &mut fresh.challenge, &mut fresh.nonce, &mut fresh.secret_nonce];
     for part in parts {
         random(part)?;
     }
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    fresh.wall_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
     Ok(Box::new(fresh))
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn wall_ms() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Fills with randomness.

@@ -10,6 +10,7 @@
 //!  attributes   stat, size, mode, times
 //!  names        mkdir, symlink, remove, rename
 //!  list         pages of a directory
+//!  reopen       recorded files found again, by handle or by path
 //! ```
 //!
 //! Everything here may block, and runs on the blocking threads.
@@ -18,6 +19,7 @@ pub mod attributes;
 mod list;
 mod names;
 mod open;
+mod reopen;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +34,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 pub use open::OpenAnswer;
+pub use reopen::{Unopened, inspect, opened_for};
 
 /// How often a resolution is tried again when the kernel saw a rename in the middle of it.
 const RACES_MAX: usize = 32;
@@ -40,6 +43,8 @@ const RACES_MAX: usize = 32;
 #[derive(Debug)]
 pub struct Volume {
     root: OwnedFd,
+    /// The root once more, not only as a place: the kernel finds handles beside it. None if the root may not be read.
+    mount: Option<OwnedFd>,
     /// Held from the look at a name to its removal or renaming: the kernel cannot do both in one step.
     name_changes: Mutex<()>,
 }
@@ -52,7 +57,9 @@ impl Volume {
     pub fn open(directory: &Path) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(rustix::fs::CWD, directory, flags, Mode::empty())?;
-        let volume = Self { root, name_changes: Mutex::new(()) };
+        let readable = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mount = rustix::fs::openat(rustix::fs::CWD, through_proc(&root), readable, Mode::empty()).ok();
+        let volume = Self { root, mount, name_changes: Mutex::new(()) };
         let again = volume.resolve(".", flags, Mode::empty())?;
         rustix::fs::openat(rustix::fs::CWD, through_proc(&again), flags, Mode::empty())?;
         Ok(volume)
@@ -85,6 +92,11 @@ impl Volume {
         };
         let above = self.resolve(above, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).map_err(refused)?;
         Ok((above, name))
+    }
+
+    /// The root as a descriptor that takes extended attributes; none if the root may not be read.
+    pub fn readable_root(&self) -> Option<&OwnedFd> {
+        self.mount.as_ref()
     }
 
     /// Size and room of its file system.

@@ -3,7 +3,7 @@
 //! What stands at the path is first looked at through `O_PATH`, which opens nothing; only a regular file is then
 //! opened, through that same descriptor, so that it cannot be another one by then.
 
-use super::{Volume, attributes, identity, stat, through_proc};
+use super::{Volume, attributes, identity, reopen, stat, through_proc};
 use crate::errno::{refusal, refused};
 use holdfast_shared::state::FileOpened;
 use holdfast_shared::types::{Access, Disposition, Status, VolumePath};
@@ -40,7 +40,7 @@ impl Volume {
                 }
             }
             match self.create(path, access, mode) {
-                Ok(fd) => return describe(fd, true),
+                Ok(fd) => return self.describe(fd, true),
                 Err(Errno::EXIST) if disposition != Disposition::CreateNew => {}
                 Err(error) => return Err(refused(error)),
             }
@@ -61,26 +61,33 @@ impl Volume {
             FileKind::Other => return Err(refusal(Status::Unsupported, "not a regular file")),
         }
         let fd = rustix::fs::openat(rustix::fs::CWD, through_proc(&found), flags(access), Mode::empty());
-        describe(fd.map_err(refused)?, false)
+        self.describe(fd.map_err(refused)?, false)
     }
 
     fn create(&self, path: &VolumePath, access: Access, mode: u32) -> Result<OwnedFd, Errno> {
         let flags = flags(access) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         self.resolve(path.as_str(), flags, Mode::from_raw_mode(mode & 0o777))
     }
+
+    fn describe(&self, fd: OwnedFd, created: bool) -> Result<OpenAnswer, Refusal> {
+        let stat = stat(&fd).map_err(refused)?;
+        let opened = FileOpened {
+            identity: identity(&stat),
+            attributes: attributes::of(&stat),
+            created,
+            file_handle: self.handle_of(&fd),
+            evidence: reopen::evidence(&stat),
+        };
+        Ok((opened, fd))
+    }
 }
 
 /// The descriptor's mode is what the open wants, no more: dataplane can't be talked into writing through it.
-fn flags(access: Access) -> OFlags {
+pub(super) fn flags(access: Access) -> OFlags {
     let mode = match (access.contains(Access::READ), access.contains(Access::WRITE)) {
         (true, true) => OFlags::RDWR,
         (false, true) => OFlags::WRONLY,
         (_, false) => OFlags::RDONLY,
     };
     mode | OFlags::CLOEXEC | OFlags::NOCTTY
-}
-
-fn describe(fd: OwnedFd, created: bool) -> Result<OpenAnswer, Refusal> {
-    let stat = stat(&fd).map_err(refused)?;
-    Ok((FileOpened { identity: identity(&stat), attributes: attributes::of(&stat), created }, fd))
 }

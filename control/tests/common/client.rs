@@ -2,9 +2,12 @@
 
 use super::{Authority, Server};
 use holdfast_shared::auth::{EXPORTER_LABEL, Secret, SessionKey};
-use holdfast_shared::types::{Access, CreateId, Disposition, OpenId, ProcessId, ShareMode, Status};
+use holdfast_shared::types::{
+    Access, CreateId, Disposition, HoldClass, LockItem, LockKind, LockRange, OpenId, ProcessId, SessionId,
+    ShareMode, Status,
+};
 use holdfast_shared::wire::control::{
-    Hello, Open, Opened, Place, Reply, ReplyMessage, Request, RequestMessage,
+    Hello, Lock, Open, Opened, Place, Reply, ReplyMessage, Request, RequestMessage, Resume, Resumed,
 };
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use rustls::pki_types::pem::PemObject;
@@ -19,6 +22,7 @@ use tokio_rustls::client::TlsStream;
 pub struct Client {
     pub stream: TlsStream<TcpStream>,
     pub key: SessionKey,
+    pub session: SessionId,
     last: u64,
 }
 
@@ -56,12 +60,23 @@ impl Client {
     pub async fn connect(server: &Server, principal: &str) -> Self {
         let stream = Self::handshake(server, Some(&server.ca.client(principal))).await.unwrap();
         let exported = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None).unwrap();
-        let mut client = Self { stream, key: SessionKey::new(Secret::new(exported)), last: 0 };
+        let key = SessionKey::new(Secret::new(exported));
+        let mut client = Self { stream, key, session: SessionId::NONE, last: 0 };
         match client.ask(hello()).await {
-            Reply::Welcome(welcome) => assert_eq!(welcome.principal, principal),
+            Reply::Welcome(welcome) => {
+                assert_eq!(welcome.principal, principal);
+                client.session = welcome.session;
+            }
             other => panic!("no welcome: {other:?}"),
         }
         client
+    }
+
+    pub async fn resumed(&mut self, opened: &Opened) -> Resumed {
+        match self.ask(resume(opened)).await {
+            Reply::Resumed(resumed) => resumed,
+            other => panic!("not resumed: {other:?}"),
+        }
     }
 
     pub async fn send(&mut self, request: Request) -> u64 {
@@ -141,6 +156,47 @@ pub fn open(path: &str) -> Open {
         share: ShareMode::ALL,
         disposition: Disposition::OpenOrCreate,
         mode: 0o640,
-        hold_ms: None,
+        // Closed with its session, so that tests of something else leave nothing behind.
+        hold_ms: Some(0),
+        class: HoldClass::Hold,
+        wait_ms: None,
+        delete_on_close: false,
+        process: None,
+    }
+}
+
+/// The same, held for a minute when its session is lost.
+pub fn held(path: &str) -> Open {
+    Open { hold_ms: Some(60_000), ..open(path) }
+}
+
+/// A resume of what an earlier session opened.
+pub fn resume(opened: &Opened) -> Request {
+    let resume_key = opened.key.resume_key.clone();
+    Request::Resume(Resume { resume_key, supersede: None, keep: Vec::new() })
+}
+
+/// An exclusive lock.
+pub fn lock(open: OpenId, sequence: u64, offset: u64, length: u64) -> Request {
+    let item = LockItem { range: LockRange::new(offset, length).unwrap(), kind: LockKind::Exclusive };
+    Request::Lock(Lock { open, sequence, owner: 1, locks: vec![item], wait_ms: None })
+}
+
+impl Client {
+    /// A session of whomever the connector is for, if the server takes connections.
+    pub async fn try_connect(
+        address: std::net::SocketAddr,
+        connector: &TlsConnector,
+    ) -> std::io::Result<Self> {
+        let tcp = TcpStream::connect(address).await?;
+        let stream = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await?;
+        let exported = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None).unwrap();
+        let key = SessionKey::new(Secret::new(exported));
+        let mut client = Self { stream, key, session: SessionId::NONE, last: 0 };
+        match client.ask(hello()).await {
+            Reply::Welcome(welcome) => client.session = welcome.session,
+            other => panic!("no welcome: {other:?}"),
+        }
+        Ok(client)
     }
 }

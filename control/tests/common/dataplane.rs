@@ -6,16 +6,17 @@ use holdfast_shared::auth::{BindTranscript, ChannelIdentity};
 use holdfast_shared::types::{Access, Status};
 use holdfast_shared::wire::control::Opened;
 use holdfast_shared::wire::link::{
-    Gauge, Gauges, Grant, Redeem, RedeemResult, Register, Registered, ToControl, ToDataplane, VERSION,
+    Gauge, Gauges, Grant, Held, Redeem, RedeemResult, Register, Registered, ToControl, ToDataplane, VERSION,
 };
 use holdfast_shared::wire::service::TransportKind;
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, connect, recvmsg, send, socket_with, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, send,
+    sendmsg, socket_with, sockopt,
 };
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 pub struct Dataplane {
     pub socket: OwnedFd,
@@ -49,11 +50,37 @@ impl Dataplane {
     }
 
     pub fn try_register(&self) -> Option<Status> {
-        self.say(&ToControl::Register(Register { version: VERSION, service_blob: b"blob".to_vec() }));
+        self.say(&ToControl::Register(Register {
+            version: VERSION,
+            service_blob: b"blob".to_vec(),
+            held: 0,
+        }));
+        self.registered()
+    }
+
+    /// Registers with what it holds, each with its descriptor.
+    pub fn register_with(&self, held: &[(Held, &OwnedFd)]) {
+        let count = u32::try_from(held.len()).unwrap();
+        let register = Register { version: VERSION, service_blob: b"blob".to_vec(), held: count };
+        self.say(&ToControl::Register(register));
+        held.iter().for_each(|(held, descriptor)| self.say_with(&ToControl::Held(*held), descriptor));
+    }
+
+    /// The answer to a registration.
+    pub fn registered(&self) -> Option<Status> {
         match self.hear()? {
             (ToDataplane::Registered(Registered { status }), None) => Some(status),
             other => panic!("not registered: {other:?}"),
         }
+    }
+
+    pub fn say_with(&self, message: &ToControl, descriptor: &OwnedFd) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor.as_fd()];
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let bytes = to_cbor(message);
+        sendmsg(&self.socket, &[std::io::IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL).unwrap();
     }
 
     pub fn say(&self, message: &ToControl) {
@@ -108,6 +135,21 @@ impl Dataplane {
             }
             other => panic!("not a question for gauges: {other:?}"),
         }
+    }
+}
+
+/// What dataplane tells of a binding when it registers again.
+pub fn still_held(grant: &Grant) -> Held {
+    Held {
+        binding: grant.binding,
+        open: grant.open,
+        handle: grant.handle,
+        epoch: grant.epoch,
+        access: grant.access,
+        ending: false,
+        last_write_ns: 0,
+        rules_version: grant.rules_version,
+        transcript: grant.transcript,
     }
 }
 

@@ -58,7 +58,11 @@ impl Server {
 
     /// Volumes: `data` (writer: read-write, reader: read) and `other` (writer only).
     pub fn with_limits(limits: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::in_directory(tempfile::tempdir().unwrap(), limits)
+    }
+
+    /// The same, everything in a directory that is there.
+    pub fn in_directory(dir: tempfile::TempDir, limits: &str) -> Self {
         let ca = Authority::new();
         let (certificate, key) = ca.issue("localhost", ExtendedKeyUsagePurpose::ServerAuth);
         let path = |name: &str| dir.path().join(name);
@@ -79,6 +83,26 @@ impl Server {
         std::fs::write(path("control.toml"), config).unwrap();
         let (child, address) = spawn(&path("control.toml"));
         Self { dir, ca, address, child }
+    }
+
+    /// From its next start on it listens where it does now.
+    pub fn stays_at_its_port(&self) {
+        let file = self.dir.path().join("control.toml");
+        let config = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, config.replace("127.0.0.1:0", &self.address.to_string())).unwrap();
+    }
+
+    pub fn state(&self, name: &str) -> PathBuf {
+        self.dir.path().join("state").join(name)
+    }
+
+    /// The journal's files, in order.
+    pub fn journal(&self) -> Vec<PathBuf> {
+        let files = std::fs::read_dir(self.state("journal")).unwrap();
+        let mut files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+        files.retain(|file| file.extension().is_some_and(|extension| extension == "log"));
+        files.sort();
+        files
     }
 
     pub fn data(&self, name: &str) -> PathBuf {
@@ -141,9 +165,50 @@ impl Server {
 
     /// Kills it and starts another on the same directory.
     pub fn restart(&mut self) {
+        self.kill();
+        self.start_again();
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        (self.child, self.address) = spawn(&self.dir.path().join("control.toml"));
+    }
+
+    /// Starts one where the last was, and waits until it is ready.
+    pub fn start_again(&mut self) -> Value {
+        self.begin(&[]).ready(self)
+    }
+
+    /// Starts one where the last was.
+    pub fn begin(&self, arguments: &[&str]) -> Starting {
+        let mut command = command(&self.dir.path().join("control.toml"));
+        Starting(command.args(arguments).stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    /// Starts one that must refuse to: what it says.
+    pub fn refuses_to_start(&self) -> String {
+        let output = self.begin(&[]).0.wait_with_output().unwrap();
+        let words = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words}");
+        assert!(output.stdout.is_empty());
+        words
+    }
+}
+
+/// A server that is not ready yet.
+pub struct Starting(pub Child);
+
+impl Starting {
+    /// Waits until it is ready; its ready line.
+    pub fn ready(mut self, server: &mut Server) -> Value {
+        // Somebody must read what it says, or it waits for ever.
+        let mut errors = self.0.stderr.take().unwrap();
+        std::thread::spawn(move || std::io::copy(&mut errors, &mut std::io::stderr()));
+        let ready = ready(&mut self.0);
+        server.address = ready["listen"][0].as_str().unwrap().parse().unwrap();
+        server.child = self.0;
+        ready
     }
 }
 
@@ -154,16 +219,22 @@ impl Drop for Server {
     }
 }
 
+pub fn command(config: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_holdfast-control"));
+    command.arg("--config").arg(config).env_remove("NOTIFY_SOCKET").stdout(Stdio::piped());
+    command
+}
+
 fn spawn(config: &Path) -> (Child, SocketAddr) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_holdfast-control"))
-        .arg("--config")
-        .arg(config)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = command(config).spawn().unwrap();
+    let ready = ready(&mut child);
+    (child, ready["listen"][0].as_str().unwrap().parse().unwrap())
+}
+
+pub fn ready(child: &mut Child) -> Value {
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let ready: Value = serde_json::from_str(&line).expect("the ready line");
     assert_eq!(ready["ready"], "control");
-    (child, ready["listen"][0].as_str().unwrap().parse().unwrap())
+    ready
 }
