@@ -7,6 +7,9 @@
 //! | `requests_bind_total` … `requests_flush_total` | frames taken, by opcode |
 //! | `requests_in_flight` | reads, writes and flushes taken and not answered |
 //! | `bytes_read_total`, `bytes_written_total` | bytes of answered reads and writes |
+//! | `held_back_total` | bindings told to a control that came after the one that granted them, each time |
+//! | `lock_conflicts_total` | reads and writes refused for the locks of others |
+//! | `restricts_pending` | channels on which new rules wait for requests begun before, summed over all rules |
 //! | `refused_total` | channels turned away or ended for misbehaviour, and binds refused |
 //! | `buffers_free`, `buffers_total` | bulk buffers |
 //! | `message_buffers_free`, `message_buffers_total` | message buffers |
@@ -60,6 +63,9 @@ pub struct Gauges {
     pub requests_in_flight: Count,
     pub bytes_read_total: Count,
     pub bytes_written_total: Count,
+    pub held_back_total: Count,
+    pub lock_conflicts_total: Count,
+    pub restricts_pending: Count,
     pub refused_total: Count,
     pub storage_queue: Count,
     pub storage_handovers_total: Count,
@@ -94,6 +100,9 @@ impl Gauges {
         put("requests_in_flight", self.requests_in_flight.read());
         put("bytes_read_total", self.bytes_read_total.read());
         put("bytes_written_total", self.bytes_written_total.read());
+        put("held_back_total", self.held_back_total.read());
+        put("lock_conflicts_total", self.lock_conflicts_total.read());
+        put("restricts_pending", self.restricts_pending.read());
         put("refused_total", self.refused_total.read());
         put("storage_queue", self.storage_queue.read());
         put("storage_handovers_total", self.storage_handovers_total.read());

@@ -4,13 +4,14 @@
 //! ```text
 //!  config ─► main ─► link (control's socket) ◄──► engine ◄── listeners (verbs, tcp)
 //!                                                  │
-//!                                                  └─► gauges
+//!                                                  └─► gauges, last_write
 //! ```
 
 pub mod config;
 pub mod engine;
 pub mod fault;
 pub mod gauges;
+pub mod last_write;
 pub mod limiter;
 pub mod link;
 pub mod listeners;

@@ -1,60 +1,61 @@
 //! The link: the data plane's end of the Unix socket to control.
 //!
 //! ```text
-//!            connect, drain, Register     Registered{Ok}
-//!  (down) ───────────────────► registering ─────────────► up ──┐
-//!    ▲                            │ refused, no answer          │ control gone, or breaks the form
-//!    └──── pause: 50 ms doubling to 2 s, ± a quarter ◄──────────┘
+//!            connect       all bindings there are, gathered      Registered{Ok}
+//!  (down) ─────────► gathering ─────► registering: Register, Held… ─────► up ──┐
+//!    ▲                                   │ refused, no answer                    │ control gone, or breaks the form
+//!    └──── pause: none, then 20 ms doubling to 250 ms ◄──────────────────────────┘
 //! ```
 //!
 //! One thread owns the socket. Workers leave messages in a queue and write an event descriptor; nobody else touches
-//! the socket. While control is away bindings go on, and binds are refused `Unavailable`. Once control can be reached
-//! again, all earlier bindings are drained before we register: a registration says that none is left (the contract
-//! is in [`holdfast_shared::wire::link`]). Their clients get a Notice `Fenced` and bind again. Each registration has a number, and what is said of a binding made under an earlier one is
-//! dropped: its number means nothing, or another binding, to this control.
+//! the socket. While control is away bindings go on, and binds are refused `Unavailable`. Whoever can be reached next is
+//! told every binding there is, with its descriptor; what ended before that is in no message but in its absence, and what
+//! ends afterwards is told as always (the contract is in [`holdfast_shared::wire::link`]).
 
-use crate::engine::{ControlPort, Engine, Redemption, Ticket};
+use crate::engine::{ControlPort, Engine, HeldBinding, Redemption, Ticket};
+use crate::last_write::last_write_path;
 use crate::limiter::Limiter;
 use crossbeam::queue::SegQueue;
-use holdfast_shared::types::{LINK_PACKET_BYTES_MAX, Status};
+use holdfast_shared::types::{IoRule, LINK_PACKET_BYTES_MAX, Status, io_rules_ordered};
 use holdfast_shared::wire::link::{
-    Fence, Gauges, LinkBinding, Redeem, RedeemResult, Register, ToControl, ToDataplane, VERSION,
+    Fence, Gauges, LinkBinding, Redeem, RedeemResult, Register, Restricted, ToControl, ToDataplane, VERSION,
 };
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
-    SocketAddrUnix, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use zeroize::Zeroize;
 
 const LOCK_FILE: &str = "dataplane.lock";
-/// While old bindings are drained: how often to look whether we are to stop; a drain after which control is connected
-/// to anew; and how often a long one is told.
-const DRAIN_LOOK: Duration = Duration::from_millis(50);
-const DRAIN_FAST: Duration = Duration::from_secs(1);
-const DRAIN_TELL: Duration = Duration::from_secs(10);
-const PAUSE_MIN: Duration = Duration::from_millis(50);
-const PAUSE_MAX: Duration = Duration::from_secs(2);
-const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
+/// While bindings are gathered: how often to look whether we are to stop.
+const GATHER_LOOK: Duration = Duration::from_millis(50);
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_millis(250);
+/// A control that starts may have much to read before it answers.
+const REGISTER_DEADLINE: Duration = Duration::from_secs(30);
 /// Time control may take to make room for one packet.
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
+/// While the kernel has too many descriptors under way to control: how often to try again.
+const IN_FLIGHT_RETRY: Duration = Duration::from_millis(5);
 
 enum Outgoing {
     Redeem(Ticket, Redeem),
-    Fenced(u64, Fence),
-    Released(u64, LinkBinding),
+    Fenced(Fence),
+    Released(LinkBinding),
+    Restricted(Restricted),
 }
 
 /// The workers' end: a queue.
@@ -62,7 +63,6 @@ pub struct LinkPort {
     queue: SegQueue<Outgoing>,
     wake: OwnedFd,
     up: AtomicBool,
-    registration: AtomicU64,
     stop: AtomicBool,
     /// Locked while this process may have bindings: as long as it lives. See [`lock_path`].
     lock: OnceLock<File>,
@@ -84,7 +84,6 @@ impl LinkPort {
             queue: SegQueue::new(),
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             up: AtomicBool::new(false),
-            registration: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             lock: OnceLock::new(),
         }))
@@ -125,12 +124,16 @@ impl ControlPort for LinkPort {
         Ok(())
     }
 
-    fn fenced(&self, registration: u64, fence: Fence) {
-        self.push(Outgoing::Fenced(registration, fence));
+    fn fenced(&self, fence: Fence) {
+        self.push(Outgoing::Fenced(fence));
     }
 
-    fn released(&self, registration: u64, binding: LinkBinding) {
-        self.push(Outgoing::Released(registration, binding));
+    fn released(&self, binding: LinkBinding) {
+        self.push(Outgoing::Released(binding));
+    }
+
+    fn restricted(&self, restricted: Restricted) {
+        self.push(Outgoing::Restricted(restricted));
     }
 }
 
@@ -154,13 +157,19 @@ pub fn run(
     let mut pause = PAUSE_MIN;
     let mut quiet = false;
     while !port.stopped() {
+        let begun = Instant::now();
         match link.serve() {
             Ok(()) => break,
             Err(Lost { was_up, why }) => {
                 link.down();
                 if was_up {
                     tracing::warn!(%why, "control is away: bindings go on, binds are refused");
-                    (pause, quiet) = (PAUSE_MIN, true);
+                    quiet = true;
+                    // At once; unless it is one that comes and goes.
+                    if begun.elapsed() > PAUSE_MAX {
+                        pause = PAUSE_MIN;
+                        continue;
+                    }
                 } else if !quiet {
                     tracing::info!(path = %link.path.display(), %why, "control is not there yet");
                     quiet = true;
@@ -199,23 +208,15 @@ impl<F: FnOnce()> Link<'_, F> {
     /// One connection, from its beginning to its end. `Ok` when stopped.
     fn serve(&mut self) -> Result<(), Lost> {
         let before = |why: io::Error| Lost { was_up: false, why };
-        let mut socket = self.connect().map_err(before)?;
+        let socket = self.connect().map_err(before)?;
         self.lock().map_err(before)?;
-        let registration = self.port.registration.load(Ordering::SeqCst) + 1;
-        let begun = Instant::now();
-        self.drain(registration);
-        if begun.elapsed() > DRAIN_FAST {
-            // Control does not wait long for a registration.
-            socket = self.connect().map_err(before)?;
-        }
-        self.register(&socket).map_err(before)?;
-        self.port.registration.store(registration, Ordering::SeqCst);
+        self.engine.last_write().keep_in(&last_write_path(&self.path)).map_err(before)?;
+        let untold = self.register(&socket).map_err(before)?;
         self.port.up.store(true, Ordering::SeqCst);
-        tracing::info!(registration, "registered with control");
         if let Some(registered) = self.registered.take() {
             registered();
         }
-        self.exchange(&socket, registration).map_err(|why| Lost { was_up: true, why })
+        self.exchange(&socket, untold).map_err(|why| Lost { was_up: true, why })
     }
 
     /// Takes the lock that says a data plane lives; kept from then on.
@@ -232,22 +233,31 @@ impl<F: FnOnce()> Link<'_, F> {
         Ok(())
     }
 
-    /// Ends the bindings of earlier registrations, and waits until nothing of them is under way: a peer that holds that up
-    /// is cut off after `fence_ms`; storage is waited for.
-    fn drain(&mut self, registration: u64) {
-        if self.engine.drained(Duration::ZERO) {
-            return;
-        }
-        self.engine.new_control(registration);
-        let mut told = Instant::now();
-        while !self.engine.drained(DRAIN_LOOK) && !self.port.stopped() {
-            // Binds are answered meanwhile.
-            self.down();
-            if told.elapsed() > DRAIN_TELL {
-                told = Instant::now();
-                tracing::warn!("storage holds up old bindings: control can't be told yet that they are gone");
+    /// Every binding there is, and what was said of them since.
+    fn gather(&mut self) -> io::Result<(Vec<HeldBinding>, Vec<Outgoing>)> {
+        let mut snapshot = self.engine.snapshot();
+        while !snapshot.gather(GATHER_LOOK) {
+            if self.port.stopped() {
+                return Err(io::ErrorKind::Interrupted.into());
             }
         }
+        let held = snapshot.into_bindings();
+        let names: HashSet<LinkBinding> = held.iter().map(|binding| binding.held.binding).collect();
+        let (mut untold, mut tickets) = (Vec::new(), Vec::new());
+        while let Some(message) = self.port.queue.pop() {
+            match message {
+                Outgoing::Redeem(ticket, _) => tickets.push(ticket),
+                Outgoing::Fenced(Fence { binding, .. }) | Outgoing::Released(binding)
+                    if names.contains(&binding) =>
+                {
+                    untold.push(message);
+                }
+                // Gone before its worker was asked: it is not among those told. A restriction was an earlier control's.
+                Outgoing::Fenced(_) | Outgoing::Released(_) | Outgoing::Restricted(_) => {}
+            }
+        }
+        self.refuse(tickets);
+        Ok((held, untold))
     }
 
     fn connect(&self) -> io::Result<OwnedFd> {
@@ -258,10 +268,26 @@ impl<F: FnOnce()> Link<'_, F> {
         Ok(socket)
     }
 
-    fn register(&mut self, socket: &OwnedFd) -> io::Result<()> {
-        let register = Register { version: VERSION, service_blob: self.service_blob.clone() };
-        self.send(socket, &ToControl::Register(register))?;
+    /// Registers with all bindings there are. Returns what is to be told first.
+    fn register(&mut self, socket: &OwnedFd) -> io::Result<Vec<Outgoing>> {
+        let (held, untold) = self.gather()?;
         let end = Instant::now() + REGISTER_DEADLINE;
+        let n = u32::try_from(held.len()).map_err(io::Error::other)?;
+        let service_blob = self.service_blob.clone();
+        let register = ToControl::Register(Register { version: VERSION, service_blob, held: n });
+        self.send(socket, &register, None, end)?;
+        for binding in &held {
+            self.send(socket, &ToControl::Held(binding.held), Some(binding.descriptor()), end)?;
+        }
+        // What ends from now on closes its descriptor here.
+        drop(held);
+        self.await_registered(socket, end)?;
+        self.engine.gauges().held_back_total.add(n.into());
+        tracing::info!(bindings = n, "registered with control");
+        Ok(untold)
+    }
+
+    fn await_registered(&self, socket: &OwnedFd, end: Instant) -> io::Result<()> {
         loop {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || self.port.stopped() {
@@ -281,81 +307,99 @@ impl<F: FnOnce()> Link<'_, F> {
         }
     }
 
-    fn exchange(&mut self, socket: &OwnedFd, registration: u64) -> io::Result<()> {
+    fn exchange(&mut self, socket: &OwnedFd, untold: Vec<Outgoing>) -> io::Result<()> {
+        for message in untold {
+            self.tell(socket, message)?;
+        }
         loop {
-            self.send_queued(socket, registration)?;
+            while let Some(message) = self.port.queue.pop() {
+                self.tell(socket, message)?;
+            }
             if self.port.stopped() {
                 return Ok(());
             }
             self.wait(Some((socket, PollFlags::IN)), None)?;
             // Everything that came, before going back to waiting.
             while let Packet::Message(message, fd) = receive(socket)? {
-                self.handle(socket, registration, *message, fd)?;
+                self.handle(socket, *message, fd)?;
             }
         }
     }
 
-    fn send_queued(&mut self, socket: &OwnedFd, registration: u64) -> io::Result<()> {
-        while let Some(message) = self.port.queue.pop() {
-            let message = match message {
-                Outgoing::Redeem(ticket, mut redeem) => {
-                    redeem.id = self.next;
-                    self.next += 1;
-                    self.pending.insert(redeem.id, ticket);
-                    ToControl::Redeem(redeem)
-                }
-                Outgoing::Fenced(under, fence) if under == registration => ToControl::Fenced(fence),
-                Outgoing::Released(under, binding) if under == registration => ToControl::Released(binding),
-                // Of a control that is no more.
-                Outgoing::Fenced(..) | Outgoing::Released(..) => continue,
-            };
-            self.send(socket, &message)?;
-        }
-        Ok(())
+    fn tell(&mut self, socket: &OwnedFd, message: Outgoing) -> io::Result<()> {
+        let message = match message {
+            Outgoing::Redeem(ticket, mut redeem) => {
+                redeem.id = self.next;
+                self.next += 1;
+                self.pending.insert(redeem.id, ticket);
+                ToControl::Redeem(redeem)
+            }
+            Outgoing::Fenced(fence) => ToControl::Fenced(fence),
+            Outgoing::Released(binding) => ToControl::Released(binding),
+            Outgoing::Restricted(restricted) => ToControl::Restricted(restricted),
+        };
+        self.send(socket, &message, None, Instant::now() + SEND_DEADLINE)
     }
 
-    fn handle(
-        &mut self,
-        socket: &OwnedFd,
-        registration: u64,
-        message: ToDataplane,
-        fd: Option<OwnedFd>,
-    ) -> io::Result<()> {
+    fn handle(&mut self, socket: &OwnedFd, message: ToDataplane, fd: Option<OwnedFd>) -> io::Result<()> {
         match message {
-            ToDataplane::Redeemed(redeemed) => match self.pending.remove(&redeemed.id) {
-                Some(ticket) => {
-                    self.engine.redeemed(Redemption { ticket, registration, result: redeemed.result, fd });
+            ToDataplane::Redeemed(redeemed) => {
+                if let RedeemResult::Granted(grant) = &redeemed.result {
+                    ordered(&grant.rules)?;
                 }
-                None => return Err(io::Error::other("control answers a bind nobody asked for")),
-            },
-            ToDataplane::Fence(fence) => self.engine.fence(registration, fence),
+                match self.pending.remove(&redeemed.id) {
+                    Some(ticket) => self.engine.redeemed(Redemption { ticket, result: redeemed.result, fd }),
+                    None => return Err(io::Error::other("control answers a bind nobody asked for")),
+                }
+            }
+            ToDataplane::Fence(fence) => self.engine.fence(fence),
+            ToDataplane::Restrict(restrict) => {
+                ordered(&restrict.rules)?;
+                self.engine.restrict(restrict);
+            }
             ToDataplane::GetGauges(id) => {
                 let gauges = self.engine.gauges().collect();
-                self.send(socket, &ToControl::Gauges(Gauges { id, gauges }))?;
+                let gauges = ToControl::Gauges(Gauges { id, gauges });
+                self.send(socket, &gauges, None, Instant::now() + SEND_DEADLINE)?;
             }
             ToDataplane::Registered(_) => return Err(io::Error::other("control registers us twice")),
         }
         Ok(())
     }
 
-    fn send(&self, socket: &OwnedFd, message: &ToControl) -> io::Result<()> {
+    /// Sends one packet, until `end` at most.
+    fn send(
+        &self,
+        socket: &OwnedFd,
+        message: &ToControl,
+        fd: Option<BorrowedFd<'_>>,
+        end: Instant,
+    ) -> io::Result<()> {
         let packet = to_cbor(message);
         if packet.is_empty() || packet.len() > LINK_PACKET_BYTES_MAX {
             return Err(io::Error::other("a message of ours is longer than a packet"));
         }
-        let end = Instant::now() + SEND_DEADLINE;
         loop {
-            match rustix::net::send(socket, &packet, SendFlags::NOSIGNAL) {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if let Some(fd) = &fd {
+                // There is room for one.
+                control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(fd)));
+            }
+            let sent =
+                rustix::net::sendmsg(socket, &[IoSlice::new(&packet)], &mut control, SendFlags::NOSIGNAL);
+            let left = end.saturating_duration_since(Instant::now());
+            match sent {
                 Ok(_) => return Ok(()),
-                Err(rustix::io::Errno::AGAIN) => {
-                    let left = end.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Err(io::Error::new(io::ErrorKind::TimedOut, "control takes nothing"));
-                    }
-                    let timeout = timespec(left);
-                    poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timeout))?;
-                }
                 Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::TOOMANYREFS) if left.is_zero() => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, "control takes nothing"));
+                }
+                Err(rustix::io::Errno::AGAIN) => {
+                    poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timespec(left)))?;
+                }
+                // The socket has room, but control has taken few of those that are on their way.
+                Err(rustix::io::Errno::TOOMANYREFS) => std::thread::sleep(IN_FLIGHT_RETRY.min(left)),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -377,33 +421,29 @@ impl<F: FnOnce()> Link<'_, F> {
         Ok(())
     }
 
-    /// Control is away: every bind that is with it, or on its way, is answered.
+    /// Control is away: every bind that is with it, or on its way, is answered. What else waits to be told is covered by the
+    /// next registration.
     fn down(&mut self) {
         self.port.up.store(false, Ordering::SeqCst);
-        let registration = self.port.registration.load(Ordering::SeqCst);
         let mut tickets: Vec<Ticket> = self.pending.drain().map(|(_, ticket)| ticket).collect();
-        self.drop_queued(&mut tickets);
-        for ticket in tickets {
-            let result = RedeemResult::Refused(Status::Unavailable);
-            self.engine.redeemed(Redemption { ticket, registration, result, fd: None });
-        }
-    }
-
-    fn drop_queued(&self, tickets: &mut Vec<Ticket>) {
         while let Some(message) = self.port.queue.pop() {
             if let Outgoing::Redeem(ticket, _) = message {
                 tickets.push(ticket);
             }
         }
+        self.refuse(tickets);
     }
 
-    /// Waits before the next attempt, a quarter more or less, so that many servers don't come back in step. A bind that
-    /// slipped in as the link went down is answered meanwhile.
+    fn refuse(&self, tickets: Vec<Ticket>) {
+        for ticket in tickets {
+            let result = RedeemResult::Refused(Status::Unavailable);
+            self.engine.redeemed(Redemption { ticket, result, fd: None });
+        }
+    }
+
+    /// Waits before the next attempt. A bind that slipped in as the link went down is answered meanwhile.
     fn pause(&mut self, pause: Duration) {
-        let mut random = [0];
-        // Without randomness the pause is as it is.
-        let _ = aws_lc_rs::rand::fill(&mut random);
-        let end = Instant::now() + pause * (192 + u32::from(random[0]) / 2) / 256;
+        let end = Instant::now() + pause;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || self.port.stopped() {
@@ -415,6 +455,11 @@ impl<F: FnOnce()> Link<'_, F> {
             self.down();
         }
     }
+}
+
+/// Rules out of order would be judged wrongly.
+fn ordered(rules: &[IoRule]) -> io::Result<()> {
+    if io_rules_ordered(rules) { Ok(()) } else { Err(io::Error::other("control sends rules out of order")) }
 }
 
 fn timespec(wait: Duration) -> Timespec {

@@ -3,22 +3,18 @@
 
 mod common;
 
-use common::{Msg, Rig, Told, eventually, pattern};
-use holdfast_dataplane::engine::{FileIo, KernelFile};
+use common::{Gate, Msg, Rig, Told, eventually, gated, pattern};
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::Fence;
 use holdfast_transport::Kind;
-use holdfast_verbs::memory::Nowait;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 fn fence(rig: &Rig, epoch: u64) -> Fence {
     let fence = Fence { binding: rig.control.last(), epoch, reason: Status::Fenced };
-    rig.engine.fence(1, fence);
+    rig.engine.fence(fence);
     fence
 }
 
@@ -104,93 +100,11 @@ fn a_fence_of_one_binding_leaves_the_others() {
     let (mut client, first, open) = rig.bound(b"abc");
     let fence_of = rig.control.last();
     let second = client.bind(&open).unwrap();
-    rig.engine.fence(1, Fence { binding: fence_of, epoch: 5, reason: Status::Closed });
+    rig.engine.fence(Fence { binding: fence_of, epoch: 5, reason: Status::Closed });
     let Some(Msg::Notice { binding, status }) = client.next() else { panic!("no notice") };
     assert_eq!((binding, status), (first, Status::Closed), "the reason is control's");
     assert_eq!(client.read(second, 0, 3).0, Status::Ok);
     assert_eq!(client.read(first, 0, 3).0, Status::Fenced);
-}
-
-#[test]
-fn a_new_control_ends_the_bindings_it_does_not_know() {
-    let rig = Rig::new();
-    let (mut client, binding, open) = rig.bound(b"abc");
-    rig.control.registration.store(2, Ordering::SeqCst);
-    rig.engine.new_control(2);
-    assert_eq!(client.next(), Some(Msg::Notice { binding, status: Status::Fenced }));
-    assert_eq!(rig.control.told(), [], "the new control knows nothing of it");
-    let again = client.bind(&open).unwrap();
-    rig.engine.new_control(2);
-    assert_eq!(client.read(again, 0, 3).0, Status::Ok, "what it granted itself stays");
-}
-
-/// A file whose storage waits for a gate, and can be told to fail.
-struct Gated {
-    file: KernelFile,
-    gate: Arc<Gate>,
-}
-
-#[derive(Default)]
-struct Gate {
-    closed: Mutex<bool>,
-    opened: Condvar,
-    waiting: AtomicU64,
-    fail: AtomicU64,
-    synced: AtomicBool,
-}
-
-impl Gate {
-    fn set(&self, closed: bool) {
-        *self.closed.lock().unwrap() = closed;
-        self.opened.notify_all();
-    }
-
-    fn pass(&self) -> io::Result<()> {
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let mut closed = self.closed.lock().unwrap();
-        while *closed {
-            closed = self.opened.wait(closed).unwrap();
-        }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
-        match self.fail.load(Ordering::SeqCst) {
-            0 => Ok(()),
-            errno => Err(io::Error::from_raw_os_error(i32::try_from(errno).unwrap())),
-        }
-    }
-}
-
-impl FileIo for Gated {
-    fn read_now(&self, _: &mut [u8], _: u64) -> io::Result<Nowait> {
-        Ok(Nowait::WouldBlock)
-    }
-    fn write_now(&self, _: &[u8], _: u64) -> io::Result<Nowait> {
-        Ok(Nowait::Unsupported)
-    }
-    fn read(&self, data: &mut [u8], at: u64) -> io::Result<usize> {
-        self.gate.pass()?;
-        // A page at a time: partial reads and writes are put together.
-        let length = data.len().min(4096);
-        self.file.read(&mut data[..length], at)
-    }
-    fn write(&self, data: &[u8], at: u64) -> io::Result<usize> {
-        self.gate.pass()?;
-        self.file.write(&data[..data.len().min(4096)], at)
-    }
-    fn sync(&self, data_only: bool) -> io::Result<()> {
-        self.gate.pass()?;
-        self.file.sync(data_only)?;
-        self.gate.synced.store(true, Ordering::SeqCst);
-        Ok(())
-    }
-}
-
-fn gated() -> (Rig, Arc<Gate>) {
-    let gate = Arc::new(Gate::default());
-    let inner = Arc::clone(&gate);
-    let opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
-        Arc::new(Gated { file: KernelFile::new(fd), gate: Arc::clone(&inner) })
-    });
-    (Rig::with_files(|_| {}, opener), gate)
 }
 
 #[test]
@@ -244,16 +158,12 @@ fn after_a_failed_flush_no_flush_of_the_open_succeeds() {
 #[test]
 fn a_job_that_found_the_queue_full_is_not_forgotten() {
     let gate = Arc::new(Gate::default());
-    let inner = Arc::clone(&gate);
-    let opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
-        Arc::new(Gated { file: KernelFile::new(fd), gate: Arc::clone(&inner) })
-    });
     let change = |s: &mut holdfast_dataplane::engine::Settings| {
         s.engine.workers = 2;
         s.engine.storage_threads = 1;
         s.engine.storage_queue = 1;
     };
-    let rig = Rig::with_files(change, opener);
+    let rig = Rig::with_files(change, gate.opener());
     // Channels go to the workers in turn.
     let ((mut first, a, _), (mut second, b, _)) = (rig.bound(b""), rig.bound(b""));
     gate.set(true);
@@ -330,15 +240,11 @@ fn the_pool_is_shared_fairly_and_never_deadlocks() {
     // One buffer for everybody, then three, with storage in between.
     for buffers in [1, 3] {
         let gate = Arc::new(Gate::default());
-        let inner = Arc::clone(&gate);
-        let opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
-            Arc::new(Gated { file: KernelFile::new(fd), gate: Arc::clone(&inner) })
-        });
         let change = |s: &mut holdfast_dataplane::engine::Settings| {
             s.engine.buffer_bytes = 16 << 10;
             s.engine.pool_bytes = buffers * (16 << 10);
         };
-        let rig = Rig::with_files(change, opener);
+        let rig = Rig::with_files(change, gate.opener());
         assert_eq!(rig.gauge("buffers_total"), buffers as u64);
         let content = pattern(1 << 20, 6);
         let mut clients: Vec<_> = (0..4).map(|_| rig.bound(&content)).collect();

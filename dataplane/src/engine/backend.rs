@@ -13,6 +13,7 @@
 use super::inbox::Inbox;
 use super::latch::Latch;
 use crate::gauges::Gauges;
+use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use crossbeam::queue::ArrayQueue;
 use holdfast_shared::types::Status;
@@ -20,7 +21,7 @@ use holdfast_verbs::memory::{Buffer, Nowait, pread_nowait, pwrite_nowait};
 use rustix::event::EventfdFlags;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -52,6 +53,8 @@ pub trait FileIo: Send + Sync {
     /// # Errors
     /// The kernel's.
     fn sync(&self, data_only: bool) -> io::Result<()>;
+    /// The descriptor it was made of, to be handed back to control.
+    fn descriptor(&self) -> BorrowedFd<'_>;
 }
 
 /// Makes a [`FileIo`] of a descriptor from control.
@@ -123,6 +126,10 @@ impl FileIo for KernelFile {
         Ok(rustix::io::retry_on_intr(|| {
             if data_only { rustix::fs::fdatasync(&self.fd) } else { rustix::fs::fsync(&self.fd) }
         })?)
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -219,9 +226,11 @@ pub(crate) struct Done {
     pub(crate) buffer: Option<Buffer>,
     pub(crate) length: usize,
     pub(crate) progress: Progress,
+    /// When a write had returned; 0 for other work.
+    pub(crate) written_ns: u64,
 }
 
-fn run(mut job: Job) -> Done {
+fn run(mut job: Job, last_write: &LastWrite) -> Done {
     let length = job.range.len();
     let mut done = job.done;
     let mut failed = None;
@@ -256,6 +265,7 @@ fn run(mut job: Job) -> Done {
         }
         (_, None) => failed = Some(io::ErrorKind::InvalidInput.into()),
     }
+    let written_ns = if job.work == Work::Write { last_write.written() } else { 0 };
     let progress = match failed {
         None => Progress::Complete(done),
         Some(error) => {
@@ -267,7 +277,7 @@ fn run(mut job: Job) -> Done {
             Progress::Failed(done, status)
         }
     };
-    Done { tag: job.tag, work: job.work, buffer: job.buffer, length, progress }
+    Done { tag: job.tag, work: job.work, buffer: job.buffer, length, progress, written_ns }
 }
 
 struct Queue {
@@ -277,6 +287,7 @@ struct Queue {
     stop: AtomicBool,
     inboxes: Vec<Arc<Inbox>>,
     gauges: Arc<Gauges>,
+    last_write: Arc<LastWrite>,
 }
 
 /// The storage threads and their queue.
@@ -292,6 +303,7 @@ impl Storage {
         length: usize,
         inboxes: Vec<Arc<Inbox>>,
         gauges: Arc<Gauges>,
+        last_write: Arc<LastWrite>,
     ) -> io::Result<Self> {
         let queue = Arc::new(Queue {
             jobs: ArrayQueue::new(length.max(1)),
@@ -299,6 +311,7 @@ impl Storage {
             stop: AtomicBool::new(false),
             inboxes,
             gauges,
+            last_write,
         });
         let mut storage = Self { queue: Arc::clone(&queue), threads: Vec::new() };
         for n in 0..threads {
@@ -342,7 +355,7 @@ impl Queue {
             }
             match self.jobs.pop() {
                 Some(job) => {
-                    let done = run(job);
+                    let done = run(job, &self.last_write);
                     let inbox = &self.inboxes[done.tag.worker];
                     self.gauges.storage_queue.sub(1);
                     inbox.storage_done(done);

@@ -18,7 +18,7 @@ use super::reply::{BindAnswered, Rare};
 use holdfast_shared::auth::{FrameKey, MacPolicy};
 use holdfast_shared::types::{Access, RESUME_KEY_BYTES_MAX, Status};
 use holdfast_shared::wire::data::Bind;
-use holdfast_shared::wire::link::{Grant, LinkBinding, Redeem, RedeemResult};
+use holdfast_shared::wire::link::{Grant, Redeem, RedeemResult};
 use std::os::fd::OwnedFd;
 
 /// Control's answer to a bind.
@@ -26,8 +26,6 @@ use std::os::fd::OwnedFd;
 pub struct Redemption {
     /// Where it goes.
     pub ticket: Ticket,
-    /// The registration with control it was made under.
-    pub registration: u64,
     /// What control said.
     pub result: RedeemResult,
     /// The descriptor that came with it.
@@ -35,20 +33,20 @@ pub struct Redemption {
 }
 
 impl Redemption {
-    pub(crate) fn granted(&self) -> Option<LinkBinding> {
+    pub(crate) fn granted(&self) -> Option<&Grant> {
         match &self.result {
-            RedeemResult::Granted(grant) => Some(grant.binding),
+            RedeemResult::Granted(grant) => Some(grant),
             RedeemResult::Refused(_) => None,
         }
     }
 
     /// The channel is gone: the descriptor is closed, and control is told.
     pub(crate) fn abandon(self, cx: &Cx) {
-        let granted = self.granted();
+        let granted = self.granted().map(|grant| grant.binding);
         drop(self.fd);
         if let Some(binding) = granted {
-            cx.registry.remove(self.registration, binding);
-            cx.port.released(self.registration, binding);
+            cx.registry.remove(binding);
+            cx.port.released(binding);
         }
     }
 }
@@ -105,8 +103,8 @@ impl Conn {
             return redemption.abandon(cx);
         };
         match redemption {
-            Redemption { registration, result: RedeemResult::Granted(grant), fd: Some(fd), .. } => {
-                self.granted(cx, pending.request, registration, &grant, fd);
+            Redemption { result: RedeemResult::Granted(grant), fd: Some(fd), .. } => {
+                self.granted(cx, pending.request, &grant, fd);
             }
             Redemption { result: RedeemResult::Refused(status), .. } => {
                 self.refuse_bind(cx, pending.request, status);
@@ -119,7 +117,7 @@ impl Conn {
         }
     }
 
-    fn granted(&mut self, cx: &mut Cx, request: u32, registration: u64, grant: &Grant, fd: OwnedFd) {
+    fn granted(&mut self, cx: &mut Cx, request: u32, grant: &Grant, fd: OwnedFd) {
         let max = usize::from(cx.settings.limits.bindings_max);
         let (requests, rare) = (&self.requests, &self.rare);
         let vacancy = self.bindings.vacancy(max, |name| {
@@ -128,12 +126,14 @@ impl Conn {
         });
         let Some(name) = vacancy else {
             drop(fd);
-            cx.registry.remove(registration, grant.binding);
-            cx.port.released(registration, grant.binding);
+            cx.registry.remove(grant.binding);
+            cx.port.released(grant.binding);
             return self.refuse_bind(cx, request, Status::TooMany);
         };
         let latch = cx.latches.of(grant.open);
-        self.bindings.put(Binding::new(name, registration, grant, (cx.opener)(fd), latch));
+        // A `Restrict` may have overtaken the grant.
+        let rules = cx.registry.rules(grant);
+        self.bindings.put(Binding::new(name, grant, (cx.opener)(fd), latch, rules));
         cx.gauges.bindings.add(1);
         if !self.ever_bound {
             self.ever_bound = true;

@@ -1,7 +1,7 @@
 //! The bindings of one channel.
 //!
 //! ```text
-//!            granted            fence, unbind, new control          drained
+//!            granted               fence, unbind                   drained
 //!  (free) ─────────► Active ─────────────────────────────► Draining ───────► Gone(status): keeps keys and number, so that
 //!    ▲                                                                         │  late requests get a true answer
 //!    └──────────────────────── slot needed for a new binding ──────────────────┘
@@ -11,9 +11,10 @@
 
 use super::backend::FileIo;
 use super::latch::Latch;
+use super::restrict::Rules;
 use holdfast_shared::auth::{FrameKey, MacPolicy, PayloadKey};
-use holdfast_shared::types::{Access, OpenId, Status};
-use holdfast_shared::wire::link::{Fence, Grant, LinkBinding};
+use holdfast_shared::types::{Access, HandleId, OpenId, Status};
+use holdfast_shared::wire::link::{Fence, Grant, Held, LinkBinding};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -35,15 +36,13 @@ pub(crate) enum Drain {
     Fence(Fence),
     /// The client unbinds: a Reply to the request in this slot, `Released` on the link.
     Unbind { request: u32 },
-    /// Control that knew it is gone: a Notice to the client.
-    NewControl,
 }
 
 impl Drain {
     /// What requests are answered from now on.
     pub(crate) fn status(&self) -> Status {
         match self {
-            Self::Fence(_) | Self::NewControl => Status::Fenced,
+            Self::Fence(_) => Status::Fenced,
             Self::Unbind { .. } => Status::Closed,
         }
     }
@@ -59,9 +58,11 @@ pub(crate) enum State {
 pub(crate) struct Binding {
     pub(crate) number: u32,
     pub(crate) link: LinkBinding,
-    pub(crate) registration: u64,
     pub(crate) open: OpenId,
+    pub(crate) handle: HandleId,
     pub(crate) epoch: u64,
+    /// Of the transcript it was granted for.
+    pub(crate) transcript: [u8; 32],
     pub(crate) access: Access,
     pub(crate) policy: MacPolicy,
     pub(crate) from_client: FrameKey,
@@ -73,6 +74,10 @@ pub(crate) struct Binding {
     pub(crate) file: Option<Arc<dyn FileIo>>,
     /// Of the open: whether a flush has failed.
     pub(crate) latch: Arc<Latch>,
+    /// What its I/O may not touch, and the version of that.
+    pub(crate) rules: Rules,
+    /// When it last wrote, or tried to; see [`crate::last_write`].
+    pub(crate) last_write_ns: u64,
     /// Places and fetches in flight.
     pub(crate) transport_ops: u32,
     /// Jobs at storage threads.
@@ -82,18 +87,19 @@ pub(crate) struct Binding {
 impl Binding {
     pub(crate) fn new(
         name: BindingRef,
-        registration: u64,
         grant: &Grant,
         file: Arc<dyn FileIo>,
         latch: Arc<Latch>,
+        rules: Rules,
     ) -> Self {
         let (keys, policy) = (&grant.keys, grant.policy);
         Self {
             number: name.0,
             link: grant.binding,
-            registration,
             open: grant.open,
+            handle: grant.handle,
             epoch: grant.epoch,
+            transcript: grant.transcript,
             access: grant.access,
             policy,
             from_client: FrameKey::new(&keys.to_server, policy),
@@ -103,6 +109,8 @@ impl Binding {
             state: State::Active,
             file: Some(file),
             latch,
+            rules,
+            last_write_ns: 0,
             transport_ops: 0,
             storage_ops: 0,
         }
@@ -118,6 +126,21 @@ impl Binding {
             State::Active => Ok(()),
             State::Draining { drain, .. } => Err(drain.status()),
             State::Gone(status) => Err(*status),
+        }
+    }
+
+    /// What a control that did not grant it is told. `cut` if its channel has ended.
+    pub(crate) fn held(&self, cut: bool) -> Held {
+        Held {
+            binding: self.link,
+            open: self.open,
+            handle: self.handle,
+            epoch: self.epoch,
+            access: self.access,
+            ending: cut || self.serves().is_err(),
+            last_write_ns: self.last_write_ns,
+            rules_version: self.rules.version,
+            transcript: self.transcript,
         }
     }
 
@@ -184,10 +207,6 @@ impl Bindings {
     }
 
     /// By slot, to go through all.
-    pub(crate) fn at(&self, slot: u8) -> Option<&Binding> {
-        self.slots.get(usize::from(slot))?.as_ref()
-    }
-
     pub(crate) fn at_mut(&mut self, slot: u8) -> Option<&mut Binding> {
         self.slots.get_mut(usize::from(slot))?.as_mut()
     }
@@ -208,7 +227,6 @@ mod tests {
     use super::super::KernelFile;
     use super::*;
     use holdfast_shared::auth::{BindAnswer, BindSecret, Secret};
-    use holdfast_shared::types::HandleId;
 
     fn binding(name: BindingRef) -> Binding {
         let (access, policy) = (Access::ALL, MacPolicy::Header);
@@ -222,9 +240,12 @@ mod tests {
             policy,
             proof: [0; 32],
             keys: BindSecret::new(Secret::new([1; 32])).channel_keys(&answer),
+            rules: Vec::new(),
+            rules_version: 0,
+            transcript: [0; 32],
         };
         let fd = rustix::fs::memfd_create("binding", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        Binding::new(name, 1, &grant, Arc::new(KernelFile::new(fd)), Arc::default())
+        Binding::new(name, &grant, Arc::new(KernelFile::new(fd)), Arc::default(), Rules::default())
     }
 
     #[test]

@@ -17,10 +17,13 @@ use super::binding::{BindingRef, Bindings};
 use super::door::Door;
 use super::latch::Latches;
 use super::ready::Ready;
+use super::registry::Registry;
 use super::reply::Rare;
 use super::request::{Request, Step};
-use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, Registry, SPARE, Settings};
+use super::restrict::Restricting;
+use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, SPARE, Settings};
 use crate::gauges::Gauges;
+use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use holdfast_shared::types::Status;
 use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError};
@@ -41,6 +44,7 @@ pub(crate) struct Cx {
     pub(crate) port: Arc<dyn ControlPort>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) latches: Arc<Latches>,
+    pub(crate) last_write: Arc<LastWrite>,
     pub(crate) door: Arc<Door>,
     pub(crate) opener: Opener,
     pub(crate) gauges: Arc<Gauges>,
@@ -118,6 +122,12 @@ pub(crate) struct Conn {
     pub(super) failed_binds: u32,
     pub(super) bindings: Bindings,
     pub(super) draining: usize,
+    /// New rules that wait for requests begun before.
+    pub(super) restricting: Vec<Restricting>,
+    /// Requests admitted ever.
+    pub(super) admitted: u64,
+    /// Sends, Places and Fetches completed ever.
+    pub(super) completed: u64,
     pub(super) requests: Vec<Option<Request>>,
     pub(super) free_slots: Vec<u16>,
     pub(super) ready: Ready,
@@ -165,6 +175,9 @@ impl Conn {
             failed_binds: 0,
             bindings: Bindings::new(),
             draining: 0,
+            restricting: Vec::new(),
+            admitted: 0,
+            completed: 0,
             requests: Vec::new(),
             free_slots: Vec::new(),
             ready: Ready::default(),
@@ -264,6 +277,7 @@ impl Conn {
         let Completion { token, kind, buffer, outcome } = completion;
         if kind != Kind::Recv {
             self.ops = self.ops.saturating_sub(1);
+            self.completed += 1;
         }
         match kind {
             Kind::Recv => {

@@ -81,7 +81,7 @@ impl Conn {
         // Once closed nothing is left to be done about a drain: its operations come back flushed.
         let drains = self.draining > 0 && self.phase != Phase::Closed;
         let drain = if drains { self.drain_deadline() } else { None };
-        [ending, stuck, drain].into_iter().flatten().min()
+        [ending, stuck, drain, self.restrict_deadline()].into_iter().flatten().min()
     }
 
     pub(crate) fn on_deadline(&mut self, cx: &mut Cx) {
@@ -91,6 +91,9 @@ impl Conn {
             Phase::Closed => {}
             _ if over(self.stuck_by) && self.ops > 0 => self.abort(cx, "the peer makes no progress"),
             _ if over(self.drain_deadline()) => self.abort(cx, "operations of a fenced binding do not end"),
+            _ if over(self.restrict_deadline()) => {
+                self.abort(cx, "requests begun before a restriction do not end");
+            }
             Phase::Open if over(self.bind_by) && self.bind.is_none() => {
                 self.end(cx, Status::TimedOut, "no bind in time");
             }

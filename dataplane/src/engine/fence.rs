@@ -1,4 +1,4 @@
-//! Draining a binding: for a fence, an unbind, or because control is a new process.
+//! Draining a binding: for a fence or an unbind.
 //!
 //! ```text
 //!  Active ──► Draining: requests are answered at once (Fenced, Closed), nothing new begins
@@ -16,16 +16,13 @@ use std::time::Instant;
 
 impl Conn {
     /// True if control knows this binding here.
-    pub(crate) fn has_binding(&self, registration: u64, link: LinkBinding) -> bool {
-        self.bindings.iter().any(|b| b.link == link && b.registration == registration && !b.is_gone())
+    pub(crate) fn has_binding(&self, link: LinkBinding) -> bool {
+        self.bindings.iter().any(|b| b.link == link && !b.is_gone())
     }
 
     /// Control wants a binding fenced.
-    pub(crate) fn fence(&mut self, cx: &mut Cx, registration: u64, fence: Fence) {
-        let found = self
-            .bindings
-            .iter()
-            .find(|b| b.link == fence.binding && b.registration == registration && !b.is_gone());
+    pub(crate) fn fence(&mut self, cx: &mut Cx, fence: Fence) {
+        let found = self.bindings.iter().find(|b| b.link == fence.binding && !b.is_gone());
         match found {
             Some(binding) if binding.epoch == fence.epoch => {
                 let name = binding.name();
@@ -38,21 +35,7 @@ impl Conn {
                     "a fence of another epoch is ignored"
                 );
             }
-            None => cx.port.fenced(registration, fence),
-        }
-    }
-
-    /// Control is a new process: what it does not know ends.
-    pub(crate) fn new_control(&mut self, cx: &mut Cx, registration: u64) {
-        for slot in 0..=u8::MAX {
-            match self.bindings.at(slot) {
-                Some(binding) if binding.registration != registration && !binding.is_gone() => {
-                    let name = binding.name();
-                    self.drain(cx, name, Drain::NewControl);
-                }
-                Some(_) => {}
-                None => break,
-            }
+            None => cx.port.fenced(fence),
         }
     }
 
@@ -67,7 +50,7 @@ impl Conn {
                     // The client wished the same: its unbind is answered now, the drain goes on for control.
                     *old = drain;
                     self.answer_unbind(cx, request);
-                } else if !matches!(old, Drain::NewControl) {
+                } else {
                     *old = drain;
                 }
             }
@@ -103,7 +86,7 @@ impl Conn {
             if !binding.is_idle() {
                 continue;
             }
-            let (name, link, registration) = (binding.name(), binding.link, binding.registration);
+            let (name, link) = (binding.name(), binding.link);
             binding.file = None;
             binding.state = State::Gone(drain.status());
             tracing::debug!(peer = %self.peer, open = %binding.open, ?drain, "unbound");
@@ -113,13 +96,10 @@ impl Conn {
                 Drain::Fence(Fence { reason, .. }) if open => {
                     self.rare.push_back(Rare::Notice { binding: name, reason })
                 }
-                Drain::NewControl if open => {
-                    self.rare.push_back(Rare::Notice { binding: name, reason: Status::Fenced });
-                }
                 Drain::Unbind { request } => self.answer_unbind(cx, request),
-                Drain::Fence(_) | Drain::NewControl => {}
+                Drain::Fence(_) => {}
             }
-            tell(cx, registration, link, Some(drain));
+            tell(cx, link, Some(drain));
             if open && self.bindings.live() == 0 {
                 self.bind_by = Some(cx.after(cx.settings.limits.unbound_ms));
             }
@@ -135,21 +115,20 @@ impl Conn {
                 State::Draining { drain, .. } => Some(drain),
                 State::Active => None,
             };
-            let (link, registration) = (binding.link, binding.registration);
+            let link = binding.link;
             binding.file = None;
             binding.state = State::Gone(Status::Closed);
-            tell(cx, registration, link, drain);
+            tell(cx, link, drain);
         }
     }
 }
 
 /// Tells control that a binding is gone.
-fn tell(cx: &mut Cx, registration: u64, link: LinkBinding, drain: Option<Drain>) {
+fn tell(cx: &mut Cx, link: LinkBinding, drain: Option<Drain>) {
     cx.gauges.bindings.sub(1);
-    cx.registry.remove(registration, link);
+    cx.registry.remove(link);
     match drain {
-        Some(Drain::Fence(fence)) => cx.port.fenced(registration, fence),
-        Some(Drain::NewControl) => {}
-        Some(Drain::Unbind { .. }) | None => cx.port.released(registration, link),
+        Some(Drain::Fence(fence)) => cx.port.fenced(fence),
+        Some(Drain::Unbind { .. }) | None => cx.port.released(link),
     }
 }

@@ -8,12 +8,16 @@
 
 use super::backend::Done;
 use super::bind::Redemption;
+use super::registry::HeldBinding;
+use super::restrict::Restriction;
 use crossbeam::queue::{ArrayQueue, SegQueue};
 use holdfast_shared::wire::link::Fence;
 use holdfast_transport::Channel;
 use rustix::event::EventfdFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 
 /// A rare message to a worker.
 pub(crate) enum Letter {
@@ -24,9 +28,11 @@ pub(crate) enum Letter {
     /// Control's answer to a bind.
     Redeemed(Redemption),
     /// Control wants a binding fenced.
-    Fence { registration: u64, fence: Fence },
-    /// Control is a new process: bindings of earlier registrations mean nothing to it.
-    NewControl { registration: u64 },
+    Fence(Fence),
+    /// Control has new rules for an open which has, or had, bindings here.
+    Restrict(Arc<Restriction>),
+    /// A control is to be told which bindings there are.
+    Snapshot(Sender<Vec<HeldBinding>>),
     /// End all channels, then the worker.
     Stop,
 }

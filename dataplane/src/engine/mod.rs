@@ -3,7 +3,7 @@
 //! ```text
 //!  acceptors ──adopt──► worker 0..N (epoll loop; a channel stays on one) ──jobs──► storage threads
 //!                        │  ▲                                                        │
-//!     ControlPort ◄──────┘  └──── redeemed, fence, new control ──── link             └─► done ─► worker
+//!     ControlPort ◄──────┘  └── redeemed, fence, restrict, snapshot ── link          └─► done ─► worker
 //! ```
 //!
 //! | module | owns |
@@ -19,6 +19,8 @@
 //! | `transfer` | the bytes of reads and writes |
 //! | `reply` | frames that go out |
 //! | `fence` | draining a binding |
+//! | `restrict` | rules for what I/O may touch, and waiting for I/O begun before them |
+//! | `registry` | which worker has which binding |
 //! | `backend` | file access and storage threads |
 //! | `latch` | flushes that failed, for each open |
 //! | `ready` | which requests of a channel have something to do |
@@ -35,32 +37,36 @@ mod inbox;
 mod latch;
 mod ready;
 mod receive;
+mod registry;
 mod reply;
 mod request;
+mod restrict;
 mod transfer;
 mod worker;
 
 pub use backend::{FileIo, KernelFile, Opener, status_of};
 pub use bind::Redemption;
+pub use registry::{HeldBinding, Snapshot};
 
 use crate::config::{EngineConfig, Limits};
 use crate::gauges::Gauges;
+use crate::last_write::LastWrite;
 use backend::Storage;
 use crossbeam::atomic::AtomicCell;
 use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
-use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem};
+use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted};
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
-use parking_lot::{Condvar, Mutex};
-use std::collections::HashMap;
+use parking_lot::Mutex;
+use registry::Registry;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Requests a channel may have in flight before its first binding.
 pub const CREDITS_UNBOUND: u16 = 2;
@@ -91,10 +97,12 @@ pub trait ControlPort: Send + Sync {
     /// # Errors
     /// `Unavailable` while control is away.
     fn redeem(&self, ticket: Ticket, redeem: Redeem) -> Result<(), Status>;
-    /// The binding is fenced. `registration` is the one it was redeemed under.
-    fn fenced(&self, registration: u64, fence: Fence);
+    /// The binding is fenced.
+    fn fenced(&self, fence: Fence);
     /// The binding ended by itself.
-    fn released(&self, registration: u64, binding: LinkBinding);
+    fn released(&self, binding: LinkBinding);
+    /// The rules are in force, and the I/O begun before has ended.
+    fn restricted(&self, restricted: Restricted);
 }
 
 /// What does not change while the engine runs.
@@ -110,26 +118,13 @@ pub struct Settings {
     pub verifier: u64,
 }
 
-/// Which worker has a binding: so that a fence finds it.
-#[derive(Default)]
-pub(crate) struct Registry(Mutex<HashMap<(u64, LinkBinding), usize>>, Condvar);
-
-impl Registry {
-    pub(crate) fn remove(&self, registration: u64, binding: LinkBinding) {
-        let mut bindings = self.0.lock();
-        bindings.remove(&(registration, binding));
-        if bindings.is_empty() {
-            self.1.notify_all();
-        }
-    }
-}
-
 /// The running engine.
 pub struct Engine {
     settings: Arc<Settings>,
     gauges: Arc<Gauges>,
     port: Arc<dyn ControlPort>,
     registry: Arc<Registry>,
+    last_write: Arc<LastWrite>,
     door: Arc<Door>,
     inboxes: Vec<Arc<Inbox>>,
     pools: Vec<Pool>,
@@ -156,11 +151,13 @@ impl Engine {
         gauges.set_pools(bulk.clone(), messages.clone());
         let inboxes: Vec<Arc<Inbox>> =
             (0..workers).map(|_| Inbox::new().map(Arc::new)).collect::<io::Result<_>>()?;
+        let last_write = Arc::new(LastWrite::default());
         let storage = Storage::start(
             config.storage_threads,
             config.storage_queue,
             inboxes.clone(),
             Arc::clone(&gauges),
+            Arc::clone(&last_write),
         )?;
         let registry = Arc::new(Registry::default());
         let latches = Arc::new(latch::Latches::default());
@@ -177,6 +174,7 @@ impl Engine {
                 port: Arc::clone(&port),
                 registry: Arc::clone(&registry),
                 latches: Arc::clone(&latches),
+                last_write: Arc::clone(&last_write),
                 door: Arc::clone(&door),
                 opener: Arc::clone(&opener),
                 gauges: Arc::clone(&gauges),
@@ -193,6 +191,7 @@ impl Engine {
             gauges,
             port,
             registry,
+            last_write,
             door,
             inboxes,
             pools,
@@ -260,43 +259,55 @@ impl Engine {
         self.inboxes[worker].send(Letter::Channel { channel, id });
     }
 
+    /// When anything was last written; [`crate::link`] says where that is kept.
+    pub fn last_write(&self) -> &LastWrite {
+        &self.last_write
+    }
+
     /// Control's answer to a bind.
     pub fn redeemed(&self, redemption: Redemption) {
         let worker = redemption.ticket.worker;
-        if let Some(binding) = redemption.granted() {
-            self.registry.0.lock().insert((redemption.registration, binding), worker);
+        let Some(inbox) = self.inboxes.get(worker) else {
+            return tracing::error!(worker, "an answer for a worker that does not exist");
+        };
+        if let Some(grant) = redemption.granted() {
+            self.registry.add(grant, worker);
         }
-        match self.inboxes.get(worker) {
-            Some(inbox) => inbox.send(Letter::Redeemed(redemption)),
-            None => tracing::error!(worker, "an answer for a worker that does not exist"),
-        }
+        inbox.send(Letter::Redeemed(redemption));
     }
 
     /// Control wants a binding fenced. One that is gone already is answered at once: nothing of it is under way.
-    pub fn fence(&self, registration: u64, fence: Fence) {
-        let worker = self.registry.0.lock().get(&(registration, fence.binding)).copied();
-        match worker {
-            Some(worker) => self.inboxes[worker].send(Letter::Fence { registration, fence }),
-            None => self.port.fenced(registration, fence),
+    pub fn fence(&self, fence: Fence) {
+        match self.registry.worker(fence.binding) {
+            Some(worker) => self.inboxes[worker].send(Letter::Fence(fence)),
+            None => self.port.fenced(fence),
         }
     }
 
-    /// Waits until no binding is left, `wait` at most: no I/O of any is under way, all descriptors are closed. True if so.
-    /// While binds come this says nothing of the moment after.
-    pub fn drained(&self, wait: Duration) -> bool {
-        let mut bindings = self.registry.0.lock();
-        if !bindings.is_empty() {
-            self.registry.1.wait_for(&mut bindings, wait);
+    /// Control has new rules for an open, ordered as [`holdfast_shared::types::io_rules_ordered`] says. Answered when they
+    /// are in force and the I/O that its bindings began before has ended; at once if it has none. Rules older than ones
+    /// that came over the same link are answered too, and the newer ones stay.
+    pub fn restrict(&self, restrict: Restrict) {
+        let told = Restricted { open: restrict.open, version: restrict.version };
+        match self.registry.restrict(restrict, &self.port) {
+            Some((restriction, workers)) => {
+                for worker in workers {
+                    self.inboxes[worker].send(Letter::Restrict(Arc::clone(&restriction)));
+                }
+            }
+            None => self.port.restricted(told),
         }
-        bindings.is_empty()
     }
 
-    /// A control process is there that knows no binding made before `registration`: they are drained. [`Engine::drained`]
-    /// tells when they are.
-    pub fn new_control(&self, registration: u64) {
+    /// Begins to gather all bindings there are, those included whose grants have just been left for a worker. For a control
+    /// that comes after another: rules may come in any version then, and restrictions not yet confirmed never are.
+    pub fn snapshot(&self) -> Snapshot {
+        self.registry.forget_versions();
+        let (to, from) = std::sync::mpsc::channel();
         for inbox in &self.inboxes {
-            inbox.send(Letter::NewControl { registration });
+            inbox.send(Letter::Snapshot(to.clone()));
         }
+        Snapshot::new(from, self.inboxes.len())
     }
 
     /// Ends all channels, finishes storage operations, and ends all threads. Idempotent.

@@ -31,6 +31,8 @@ pub(crate) struct Request {
     /// The client's number, and its frame's sequence.
     pub(super) number: u32,
     pub(super) sequence: u64,
+    /// Which it was of those admitted on its channel; set when it is.
+    pub(super) order: u64,
     pub(super) binding: Option<BindingRef>,
     pub(super) offset: u64,
     pub(super) length: u32,
@@ -83,6 +85,7 @@ impl Request {
             ask,
             number: frame.header.request.get(),
             sequence: frame.header.sequence.get(),
+            order: 0,
             binding,
             offset: io.map_or(0, |io| io.offset.get()),
             length: io.map_or(0, |io| io.length.get()),
@@ -128,6 +131,8 @@ impl Conn {
             Ask::Unbind => counts.requests_unbind_total.add(1),
         }
         counts.requests_in_flight.add(1);
+        request.order = self.admitted;
+        self.admitted += 1;
         match self.check(cx, &request) {
             Ok(()) if request.ask != Ask::Unbind && request.ask_is_empty() => {
                 request.answer = Some((Status::Ok, 0))
@@ -189,7 +194,8 @@ impl Conn {
         if length > max || request.payload.len() > INLINE_BYTES_MAX {
             return Err(Status::TooLong);
         }
-        ByteRange::new(request.offset, u64::from(request.length)).map_err(|_| Status::BadRange)?;
+        let range =
+            ByteRange::new(request.offset, u64::from(request.length)).map_err(|_| Status::BadRange)?;
         let inline = !request.payload.is_empty();
         let ends = request.region.address().checked_add(u64::from(request.length)).is_some();
         if !inline && (!ends || request.region.part(0, request.length).is_none()) {
@@ -213,7 +219,12 @@ impl Conn {
             }
             _ => {}
         }
-        binding.serves()
+        binding.serves()?;
+        if binding.rules.refuse(range, wanted) {
+            cx.gauges.lock_conflicts_total.add(1);
+            return Err(Status::LockConflict);
+        }
+        Ok(())
     }
 
     /// The largest piece: a buffer, or what the transport does at once.

@@ -10,6 +10,7 @@
 //! buffer can always finish. Reads go piece by piece, so that no byte past the count is ever placed.
 
 use super::backend::{Done, Job, Progress, Tag, Work, read_now, write_now};
+use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Phase, Token};
 use super::request::{Request, Step};
 use holdfast_shared::types::Status;
@@ -164,7 +165,11 @@ impl Conn {
         let progress = match (checked, &file) {
             (Err(_), _) => Progress::Failed(0, Status::Integrity),
             (Ok(()), None) => Progress::Failed(0, Status::Fenced),
-            (Ok(()), Some(file)) => write_now(&**file, &message[payload.clone()], request.offset),
+            (Ok(()), Some(file)) => {
+                let progress = write_now(&**file, &message[payload.clone()], request.offset);
+                self.written(request.binding, cx.last_write.written());
+                progress
+            }
         };
         match progress {
             Progress::Partial(done) => {
@@ -244,7 +249,11 @@ impl Conn {
                 let data = &mut buffer[..length];
                 match binding.payload_in.check(request.sequence, data, request.digest.as_ref()) {
                     Err(_) => Progress::Failed(0, Status::Integrity),
-                    Ok(()) => write_now(&**file, data, request.offset + u64::from(piece)),
+                    Ok(()) => {
+                        let progress = write_now(&**file, data, request.offset + u64::from(piece));
+                        binding.last_write_ns = cx.last_write.written();
+                        progress
+                    }
                 }
             }
         };
@@ -261,6 +270,13 @@ impl Conn {
         self.requests[usize::from(slot)] = Some(request);
         if open {
             self.requeue(slot);
+        }
+    }
+
+    /// A write of the binding has returned, at this time. One that failed may have moved the file's times as well.
+    fn written(&mut self, binding: Option<BindingRef>, ns: u64) {
+        if let Some(binding) = binding.and_then(|name| self.bindings.get_mut(name)) {
+            binding.last_write_ns = ns;
         }
     }
 
@@ -297,7 +313,7 @@ impl Conn {
 
     /// A storage thread has done its work.
     pub(crate) fn storage_done(&mut self, cx: &mut Cx, done: Done) {
-        let Done { tag, work, buffer, length, progress } = done;
+        let Done { tag, work, buffer, length, progress, written_ns } = done;
         self.storage_ops = self.storage_ops.saturating_sub(1);
         let taken = self.requests.get_mut(usize::from(tag.slot)).and_then(Option::take);
         let Some(mut request) = taken else {
@@ -307,6 +323,7 @@ impl Conn {
         request.storage = request.storage.saturating_sub(1);
         if let Some(binding) = request.binding.and_then(|name| self.bindings.get_mut(name)) {
             binding.storage_ops = binding.storage_ops.saturating_sub(1);
+            binding.last_write_ns = binding.last_write_ns.max(written_ns);
         }
         let inline = !request.payload.is_empty();
         match (work, progress, buffer) {

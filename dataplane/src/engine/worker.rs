@@ -14,6 +14,8 @@
 use super::ConnKey;
 use super::channel::{Conn, Cx};
 use super::inbox::{Inbox, Letter};
+use super::registry::HeldBinding;
+use super::restrict::Restriction;
 use crate::engine::bind::Redemption;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::link::Fence;
@@ -24,6 +26,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 const INBOX_EVENT: u64 = u64::MAX;
@@ -119,12 +122,9 @@ impl Worker {
                 Letter::Channel { channel, id } => self.adopt(channel, id),
                 Letter::Evict { id } => self.evict(id),
                 Letter::Redeemed(redemption) => self.redeemed(redemption),
-                Letter::Fence { registration, fence } => self.fence(registration, fence),
-                Letter::NewControl { registration } => {
-                    for index in self.indexes() {
-                        self.with(index, |conn, cx| conn.new_control(cx, registration));
-                    }
-                }
+                Letter::Fence(fence) => self.fence(fence),
+                Letter::Restrict(restriction) => self.restrict(&restriction),
+                Letter::Snapshot(to) => self.snapshot(&to),
                 Letter::Stop => self.stop(),
             }
         }
@@ -173,16 +173,35 @@ impl Worker {
         }
     }
 
-    fn fence(&mut self, registration: u64, fence: Fence) {
-        let found = self
-            .conns
-            .iter()
-            .find_map(|(index, conn)| conn.has_binding(registration, fence.binding).then_some(index));
+    fn fence(&mut self, fence: Fence) {
+        let found =
+            self.conns.iter().find_map(|(index, conn)| conn.has_binding(fence.binding).then_some(index));
         match found {
-            Some(index) => self.with(index, |conn, cx| conn.fence(cx, registration, fence)),
+            Some(index) => self.with(index, |conn, cx| conn.fence(cx, fence)),
             // It ended by itself meanwhile.
-            None => self.cx.port.fenced(registration, fence),
+            None => self.cx.port.fenced(fence),
         }
+    }
+
+    fn restrict(&mut self, restriction: &Arc<Restriction>) {
+        for index in self.indexes() {
+            if self.conns.get(index).is_some_and(|conn| conn.has_open(restriction.open())) {
+                self.with(index, |conn, cx| conn.restrict(cx, restriction));
+            }
+        }
+        restriction.done();
+    }
+
+    /// Tells which bindings there are. Nobody waits for rules of an earlier control any more: the one that is told asks
+    /// for its own.
+    fn snapshot(&mut self, to: &Sender<Vec<HeldBinding>>) {
+        let mut all = Vec::new();
+        for (_, conn) in &mut self.conns {
+            conn.forget_restrictions(&self.cx);
+            conn.held_bindings(&mut all);
+        }
+        // Who asked may have given up.
+        let _ = to.send(all);
     }
 
     fn stop(&mut self) {
@@ -268,6 +287,7 @@ impl Worker {
 
     fn settle(&mut self, index: usize) {
         let Some(conn) = self.conns.get_mut(index) else { return };
+        conn.finish_restrictions(&self.cx);
         if conn.is_finished() {
             self.remove(index);
             return;

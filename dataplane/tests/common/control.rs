@@ -2,8 +2,8 @@
 
 use holdfast_dataplane::engine::{ControlPort, Engine, Redemption, Ticket};
 use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, MacPolicy, Secret};
-use holdfast_shared::types::{Access, HandleId, OpenId, Status, VolumeId};
-use holdfast_shared::wire::link::{Fence, Grant, LinkBinding, Redeem, RedeemResult};
+use holdfast_shared::types::{Access, HandleId, IoRule, OpenId, Status, VolumeId};
+use holdfast_shared::wire::link::{Fence, Grant, LinkBinding, Redeem, RedeemResult, Restricted};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -37,6 +37,7 @@ impl Open {
 pub enum Told {
     Fenced(Fence),
     Released(LinkBinding),
+    Restricted(Restricted),
 }
 
 pub struct FakeControl {
@@ -45,7 +46,11 @@ pub struct FakeControl {
     told: Mutex<Vec<Told>>,
     granted: Mutex<Vec<LinkBinding>>,
     next: AtomicU64,
-    pub registration: AtomicU64,
+    /// What grants say of rules, and their version.
+    pub rules: Mutex<(u64, Vec<IoRule>)>,
+    /// Answers are kept back, for [`FakeControl::kept`].
+    pub keeping: AtomicBool,
+    kept: Mutex<Vec<Redemption>>,
     pub away: AtomicBool,
     /// Binds are left unanswered.
     pub silent: AtomicBool,
@@ -59,7 +64,9 @@ impl FakeControl {
             told: Mutex::default(),
             granted: Mutex::default(),
             next: AtomicU64::new(1),
-            registration: AtomicU64::new(1),
+            rules: Mutex::default(),
+            keeping: AtomicBool::new(false),
+            kept: Mutex::default(),
             away: AtomicBool::new(false),
             silent: AtomicBool::new(false),
         })
@@ -101,14 +108,20 @@ impl FakeControl {
         self.told.lock().unwrap().clone()
     }
 
+    /// Answers that were kept back.
+    pub fn kept(&self) -> Vec<Redemption> {
+        std::mem::take(&mut *self.kept.lock().unwrap())
+    }
+
     /// Every binding granted was given back, once.
     pub fn all_released(&self) -> bool {
         let mut back: Vec<_> = self
             .told()
             .iter()
-            .map(|told| match told {
-                Told::Fenced(fence) => fence.binding,
-                Told::Released(binding) => *binding,
+            .filter_map(|told| match told {
+                Told::Fenced(fence) => Some(fence.binding),
+                Told::Released(binding) => Some(*binding),
+                Told::Restricted(_) => None,
             })
             .collect();
         let mut granted = self.granted.lock().unwrap().clone();
@@ -146,6 +159,7 @@ impl FakeControl {
             BindAnswer { handle, epoch: 5, access: redeem.access, policy: open.policy }.digest(&transcript);
         let binding = LinkBinding(n);
         self.granted.lock().unwrap().push(binding);
+        let (rules_version, rules) = self.rules.lock().unwrap().clone();
         let grant = Grant {
             binding,
             open: open.id,
@@ -155,6 +169,9 @@ impl FakeControl {
             policy: open.policy,
             proof: open.secret.server_proof(&answer),
             keys: open.secret.channel_keys(&answer),
+            rules_version,
+            rules,
+            transcript,
         };
         (RedeemResult::Granted(Box::new(grant)), Some(open.file.try_clone().unwrap().into()))
     }
@@ -169,18 +186,24 @@ impl ControlPort for FakeControl {
             return Ok(());
         }
         let (result, fd) = self.judge(&redeem);
-        let registration = self.registration.load(Ordering::SeqCst);
-        if let Some(engine) = self.engine.get().and_then(Weak::upgrade) {
-            engine.redeemed(Redemption { ticket, registration, result, fd });
+        let redemption = Redemption { ticket, result, fd };
+        if self.keeping.load(Ordering::SeqCst) {
+            self.kept.lock().unwrap().push(redemption);
+        } else if let Some(engine) = self.engine.get().and_then(Weak::upgrade) {
+            engine.redeemed(redemption);
         }
         Ok(())
     }
 
-    fn fenced(&self, _registration: u64, fence: Fence) {
+    fn fenced(&self, fence: Fence) {
         self.told.lock().unwrap().push(Told::Fenced(fence));
     }
 
-    fn released(&self, _registration: u64, binding: LinkBinding) {
+    fn released(&self, binding: LinkBinding) {
         self.told.lock().unwrap().push(Told::Released(binding));
+    }
+
+    fn restricted(&self, restricted: Restricted) {
+        self.told.lock().unwrap().push(Told::Restricted(restricted));
     }
 }

@@ -4,9 +4,12 @@
 
 mod client;
 mod control;
+mod gate;
+pub mod link;
 
 pub use client::{Client, Msg};
 pub use control::{FakeControl, Open, Told};
+pub use gate::{Gate, gated};
 
 use holdfast_dataplane::config::{EngineConfig, Limits};
 use holdfast_dataplane::engine::{Engine, KernelFile, Opener, Settings};

@@ -12,12 +12,14 @@
 //! * Pool memory is registered with local access only, so no peer can name it. The device touches a [`Buffer`] only
 //!   while a posted work request owns it.
 //! * [`Region`] memory is shared with a peer. It is reached by copies made of atomic accesses, or by system calls.
+//! * A [`MappedWord`] is one number of a file, reached by atomic accesses only.
 
 mod io;
 mod mapping;
 mod nowait;
 mod pool;
 mod region;
+mod word;
 
 pub use io::{
     MAX_SEGMENTS, RecvSegment, SendSegment, advance_recv, advance_send, recv_segments, send_segments,
@@ -26,6 +28,7 @@ pub use mapping::Memory;
 pub use nowait::{Nowait, pread_nowait, pwrite_nowait};
 pub use pool::{Buffer, Pool};
 pub use region::Region;
+pub use word::MappedWord;
 
 use std::ops::Range;
 
