@@ -74,45 +74,38 @@ impl Admin {
         self.ask(&json!({ "get": "gauges" })).await
     }
 
-    /// A page of opens, from behind the id `after` on, and where the next one begins.
-    pub(crate) async fn opens(
+    /// A page of what `what` names (`opens`, `sessions`), from behind the id `after` on, and where the next one begins.
+    pub(crate) async fn page(
         &mut self,
+        what: &str,
         after: Option<&str>,
         max: usize,
     ) -> anyhow::Result<(Vec<Value>, Option<String>)> {
-        let mut answer = self.ask(&json!({ "get": "opens", "after": after, "max": max })).await?;
+        let mut answer = self.ask(&json!({ "get": what, "after": after, "max": max })).await?;
         let next = answer["next"].as_str().map(str::to_owned);
-        Ok((list(&mut answer, "opens")?, next))
+        match answer[what].take() {
+            Value::Array(all) => Ok((all, next)),
+            _ => bail!("the server does not tell its {what}; is it older than this program?"),
+        }
     }
 
-    /// Gives every open to `each`, in the order of their ids.
-    pub(crate) async fn all_opens(
+    /// Gives every entry of what `what` names to `each`, in the order of their ids.
+    pub(crate) async fn all(
         &mut self,
+        what: &str,
         mut each: impl FnMut(Value) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let mut after: Option<String> = None;
         loop {
-            let (page, next) = self.opens(after.as_deref(), PAGE).await?;
+            let (page, next) = self.page(what, after.as_deref(), PAGE).await?;
             page.into_iter().try_for_each(&mut each)?;
             match next {
                 // A server whose pages do not move on must not keep us for ever.
                 Some(next) if after.as_ref().is_none_or(|before| *before < next) => after = Some(next),
-                Some(_) => bail!("the server repeats a page of its opens"),
+                Some(_) => bail!("the server repeats a page of its {what}"),
                 None => return Ok(()),
             }
         }
-    }
-
-    /// All sessions.
-    pub(crate) async fn sessions(&mut self) -> anyhow::Result<Vec<Value>> {
-        list(&mut self.ask(&json!({ "get": "sessions" })).await?, "sessions")
-    }
-}
-
-fn list(answer: &mut Value, of: &str) -> anyhow::Result<Vec<Value>> {
-    match answer[of].take() {
-        Value::Array(all) => Ok(all),
-        _ => bail!("the server does not tell its {of}; is it older than this program?"),
     }
 }
 
@@ -160,7 +153,7 @@ mod tests {
         let mut admin = Admin::connect(dir.path()).await.unwrap();
         let mut note = |open: Value| seen.push(open["open"].as_str().unwrap().to_owned());
         admin
-            .all_opens(|open| {
+            .all("opens", |open| {
                 note(open);
                 Ok(())
             })
@@ -178,7 +171,7 @@ mod tests {
         let page = "{\"opens\":[],\"next\":\"02\"}\n";
         let (dir, _task) = server(Box::leak(vec![page; 9].into_boxed_slice()));
         let mut admin = Admin::connect(dir.path()).await.unwrap();
-        assert!(admin.all_opens(|_| Ok(())).await.unwrap_err().to_string().contains("repeats"));
+        assert!(admin.all("opens", |_| Ok(())).await.unwrap_err().to_string().contains("repeats"));
     }
 
     #[tokio::test]

@@ -113,8 +113,17 @@ fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
-/// Every limit of control with its default, to be uncommented.
-const CONTROL_LIMITS: &str = "
+/// Every setting of control's journal and limits with its default, to be uncommented.
+const CONTROL_TUNING: &str = "
+[journal]
+# Where opens and locks are recorded, so that they survive a crash of both processes; default: journal in state_dir. Its disk
+# decides how long an open, a lock and a close take.
+#directory = \"state/journal\"
+# Wait until records are on the disk before answering; without, a crash of the host can forget what was answered.
+#sync = true
+# The journal is rewritten once it has grown by so much, MiB.
+#checkpoint_mib = 64
+
 [limits]
 # Beyond a count, a request is refused with TooMany, and a connection is closed. The values shown are the defaults.
 #sessions = 4096
@@ -130,6 +139,22 @@ const CONTROL_LIMITS: &str = "
 #requests_per_session = 32
 # Bind requests under way.
 #binds = 256
+# How long the bindings of a lost client go on, milliseconds: one that is back sooner has lost no read or write.
+#linger_ms = 5000
+# Opens that ended without their client's wish, and of which it can still be told; for how long, seconds.
+#tombstones = 65536
+#tombstone_keep_s = 604800
+# Locks of one request, one open, one file; requests that wait for locks of one file.
+#locks_per_request = 64
+#locks_per_open = 512
+#locks_per_file = 1024
+#lock_waiters_per_file = 256
+# Longest wait for a lock or a held file, milliseconds; requests that wait for held files, in all and of one principal.
+#wait_max_ms = 600000
+#waiting_opens = 4096
+#waiting_opens_per_principal = 1024
+# Files that a restart keeps open; more are kept by name. 0: three quarters of what the process may have open.
+#reopened_files = 0
 # Connections whose handshake is not finished, in all and from one address, and the time they have, milliseconds.
 #half_open_handshakes = 128
 #half_open_per_address = 32
@@ -201,7 +226,7 @@ certificate = \"pki/server.pem\"
 key = \"pki/server.key\"
 # Clients' certificates must be signed by one of these.
 client_ca = \"pki/ca.pem\"
-{CONTROL_LIMITS}",
+{CONTROL_TUNING}",
         listen.join(", ")
     );
     for (name, directory) in volumes {
@@ -214,6 +239,12 @@ directory = {}
 # What protects the data channels: \"header\" (each frame has a MAC), \"payload\" (file bytes have a digest too),
 # \"sealed\" (file bytes are encrypted), or \"none\" (private networks only).
 mac_policy = {}
+# How long an open is kept against others while its client is away, milliseconds: unless the client asks for something
+# else, and at most.
+#hold_ms = 60000
+#hold_max_ms = 86400000
+# \"mandatory\": byte-range locks restrict every read and write; \"advisory\": they exclude only each other.
+#locks = \"mandatory\"
 
 # Who may use the volume. The principal is the client certificate's SAN (or its CN); access is \"read\" or \"read-write\".
 [[volume.grant]]
@@ -273,6 +304,9 @@ transport = \"auto\"
 # Longest wait for a connection, and for the answer to a request, milliseconds.
 connect_ms_max = 5000
 request_ms_max = 30000
+# When the server goes away: \"hard\" waits until it is back, however long that takes; \"soft\" gives up after soft_ms.
+#recovery = \"hard\"
+#soft_ms = 30000
 # Requests in flight on one channel at most; the server may grant fewer.
 in_flight_max = 256
 

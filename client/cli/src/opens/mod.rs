@@ -24,7 +24,7 @@ pub(crate) async fn run(connection: &Connection, args: &Opens) -> anyhow::Result
         return if args.json { line(open) } else { table::whole(&open) };
     }
     let mut list = table::List::new(args.json, table::OPENS);
-    admin.all_opens(|open| if select::wanted(args, &open) { list.row(&open) } else { Ok(()) }).await?;
+    admin.all("opens", |open| if select::wanted(args, &open) { list.row(&open) } else { Ok(()) }).await?;
     list.end("no open")
 }
 
@@ -32,6 +32,6 @@ pub(crate) async fn sessions(connection: &Connection, args: &Sessions) -> anyhow
     let directory = directory(args.dir.as_deref(), connection.config.as_deref())?;
     let mut admin = Admin::connect(&directory).await?;
     let mut list = table::List::new(args.json, table::SESSIONS);
-    admin.sessions().await?.iter().try_for_each(|session| list.row(session))?;
+    admin.all("sessions", |session| list.row(&session)).await?;
     list.end("no session")
 }

@@ -33,7 +33,7 @@ impl Prefix {
 
     /// The one open whose id begins so, if there is one.
     pub(super) async fn find_any(&self, admin: &mut Admin) -> anyhow::Result<Option<Value>> {
-        let (page, _) = admin.opens(self.before().as_deref(), 2).await?;
+        let (page, _) = admin.page("opens", self.before().as_deref(), 2).await?;
         let mut found = page.into_iter().filter(|open| id(open).starts_with(&self.0));
         match (found.next(), found.next()) {
             (Some(_), Some(_)) => bail!("several opens' ids begin with {}; give more digits", self.0),

@@ -17,17 +17,18 @@ pub(super) const OPENS: &[Column] = &[
     ("hold left", 9, hold_left),
     ("access", 6, |v| text(&v["access"])),
     ("share", 6, |v| text(&v["share"])),
-    ("bindings", 8, |v| count(&v["bindings"])),
-    ("locks", 5, |v| count(&v["locks"])),
+    ("bindings", 8, |v| text(&v["bindings"])),
+    ("locks", 5, |v| text(&v["locks"])),
     ("principal", 16, |v| text(&v["principal"])),
     ("file", 0, |v| format!("{}:/{}", text(&v["volume"]), text(&v["path"]).trim_start_matches('/'))),
 ];
 
 pub(super) const SESSIONS: &[Column] = &[
     ("session", SHORT, |v| short(&v["session"])),
-    ("opens", 6, |v| count(&v["opens"])),
+    ("opens", 6, |v| text(&v["opens"])),
     ("process", 10, |v| text(&v["process"])),
-    ("principal", 0, |v| text(&v["principal"])),
+    ("principal", 16, |v| text(&v["principal"])),
+    ("from", 0, |v| text(&v["address"])),
 ];
 
 /// A list under way.
@@ -79,13 +80,7 @@ impl List {
 /// Everything that is known of one open.
 pub(super) fn whole(open: &Value) -> anyhow::Result<()> {
     for (name, value) in open.as_object().into_iter().flatten() {
-        match value.as_array() {
-            None => line(format_args!("{name:<16} {}", text(value)))?,
-            Some(all) => {
-                line(format_args!("{name:<16} {}", all.len()))?;
-                all.iter().try_for_each(|one| line(format_args!("{:16} {}", "", text(one))))?;
-            }
-        }
+        line(format_args!("{name:<16} {}", text(value)))?;
     }
     Ok(())
 }
@@ -98,11 +93,6 @@ pub(super) fn text(value: &Value) -> String {
         Value::String(text) => shown(text),
         other => shown(&other.to_string()),
     }
-}
-
-/// How many there are, of what is told one by one or as a number.
-fn count(value: &Value) -> String {
-    value.as_array().map_or_else(|| text(value), |all| all.len().to_string())
 }
 
 fn short(id: &Value) -> String {
@@ -130,7 +120,7 @@ mod tests {
     fn a_row_says_what_there_is_and_nothing_drives_the_terminal() {
         let open = json!({
             "open": "0123456789abcdef", "state": "detached", "hold_left_ms": 1500, "access": "rw", "share": "",
-            "bindings": [{}, {}], "locks": 1, "principal": "p\u{1b}[2J", "volume": "data", "path": "a/b",
+            "bindings": 2, "locks": 1, "principal": "p\u{1b}[2J", "volume": "data", "path": "a/b",
         });
         let list = List::new(false, OPENS);
         let row = list.cells(|column| column.2(&open));

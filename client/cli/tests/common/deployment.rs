@@ -88,7 +88,7 @@ impl Deployment {
         // The limits are the file's last table.
         edit("dataplane.toml", &|text| text + wish.dataplane);
         if wish.uncomment {
-            for file in ["control.toml", "dataplane.toml"] {
+            for file in ["control.toml", "dataplane.toml", "client.toml"] {
                 edit(file, &|text| text.lines().map(|l| setting(l).to_owned() + "\n").collect());
             }
         }
