@@ -39,6 +39,7 @@ pub(crate) enum Io {
 
 /// What the data plane says on a channel.
 #[derive(Clone, Debug)]
+#[expect(dead_code, reason = "why a binding is over is for those who read a trace")]
 pub(crate) enum Say {
     Bound {
         handle: HandleId,

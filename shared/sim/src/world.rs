@@ -50,8 +50,6 @@ pub(crate) enum Event {
     Timer { life: u64 },
     LinkUp(u64),
     LinkDown(u64),
-    LinkEnds,
-    PlaneDies,
     Connect,
     ChannelUp(ChannelNo),
     ChannelDown(ChannelNo),
@@ -105,6 +103,11 @@ pub(crate) struct World {
     pub(crate) healing: bool,
     /// Delays are zero, and the caller chooses what happens next.
     pub(crate) scripted: bool,
+    /// The authority's invariants are checked after one input in so many.
+    pub(crate) check_every: u64,
+    inputs: u64,
+    /// The most effects that one call for a timeout had.
+    pub(crate) timeout_effects: usize,
     outside: u64,
 }
 
@@ -132,6 +135,9 @@ impl World {
             trace: Trace::new(traced),
             healing: false,
             scripted: false,
+            check_every: 1,
+            inputs: 0,
+            timeout_effects: 0,
             outside: 0,
             setting,
         };
@@ -189,6 +195,49 @@ impl World {
         pending
     }
 
+    /// When this event happens.
+    pub(crate) fn when(&self, event: Event) -> Option<u64> {
+        self.key_of_event(event).map(|(at, _)| at)
+    }
+
+    pub(crate) fn key_of_event(&self, event: Event) -> Option<(u64, u64)> {
+        self.queue.iter().find(|(_, there)| **there == event).map(|(key, _)| *key)
+    }
+
+    /// Everything that decides how it goes on, in words.
+    pub(crate) fn describe(&self) -> String {
+        let queue: Vec<(u64, Event)> = self.queue.iter().map(|((at, _), event)| (*at, *event)).collect();
+        let mut queue = queue;
+        queue.sort_unstable();
+        format!(
+            "{:?} {queue:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+            self.now, self.control, self.plane, self.files, self.link, self.channels, self.net, self.clients
+        )
+    }
+
+    /// When the next thing happens.
+    pub(crate) fn next_at(&self) -> Option<u64> {
+        self.queue.first_key_value().map(|((at, _), _)| *at)
+    }
+
+    /// Both processes are there, and clients are let in.
+    pub(crate) fn is_up(&self) -> bool {
+        self.control.as_ref().is_some_and(|control| control.accepting)
+            && self.plane.as_ref().is_some_and(|plane| plane.registered)
+    }
+
+    pub(crate) fn kill_plane(&mut self) {
+        self.plane_dies();
+    }
+
+    /// The client gives a connection up, and the server does not learn of it.
+    pub(crate) fn client_forgets(&mut self, conn: ConnNo) {
+        if let Some(there) = self.net.get_mut(conn) {
+            there.cut = true;
+        }
+        self.client_sees(conn);
+    }
+
     pub(crate) fn event(&self, key: (u64, u64)) -> Option<Event> {
         self.queue.get(&key).copied()
     }
@@ -210,6 +259,12 @@ impl World {
         self.oracle.broken().is_none()
     }
 
+    /// True if the invariants are to be checked now.
+    pub(crate) fn is_check_due(&mut self) -> bool {
+        self.inputs += 1;
+        self.inputs % self.check_every == 0
+    }
+
     fn lives(&self, life: u64) -> bool {
         self.control.as_ref().is_some_and(|control| control.life == life)
     }
@@ -228,8 +283,6 @@ impl World {
             Event::Timer { life } if self.lives(life) => self.timer(),
             Event::LinkUp(link) => self.link_up(link),
             Event::LinkDown(link) => self.link_down(link),
-            Event::LinkEnds => self.link_ends(),
-            Event::PlaneDies => self.plane_dies(),
             Event::Connect => self.connect_link(),
             Event::ChannelUp(channel) => self.channel_up(channel),
             Event::ChannelDown(channel) => self.channel_down(channel),
@@ -334,7 +387,7 @@ impl World {
 
     /// The connection is cut. What was sent may still arrive at the server, or not.
     pub(crate) fn cut_conn(&mut self, number: ConnNo, client_knows: bool) {
-        let arrives = self.rng.once_in(2);
+        let arrives = !self.scripted && self.rng.once_in(2);
         let Some(conn) = self.net.get_mut(number).filter(|conn| !conn.cut) else { return };
         conn.cut = true;
         conn.down.clear();
@@ -342,7 +395,12 @@ impl World {
             conn.up.clear();
         }
         let (slow, quick) = (self.rng.between(0, 20_000 * MS), self.rng.between(0, 20 * MS));
-        let seen = if self.rng.once_in(4) && !self.healing { slow } else { 20 * MS + quick };
+        let late = self.rng.once_in(4) && !self.healing;
+        let (seen, quick) = match (self.scripted, late) {
+            (true, _) => (0, 0),
+            (false, true) => (slow, quick),
+            (false, false) => (20 * MS + quick, quick),
+        };
         self.after(seen, Event::ServerSees(number));
         if client_knows {
             self.client_sees(number);

@@ -29,7 +29,7 @@ impl World {
     pub(crate) fn act(&mut self, client: usize) {
         let Some(there) = self.clients.get_mut(client) else { return };
         if there.scripted {
-            return;
+            return self.turn(client);
         }
         if self.healing {
             return self.finish(client);
@@ -175,7 +175,7 @@ impl World {
             }
             return;
         };
-        match self.rng.below(64) {
+        match self.rng.below(65) {
             0..=5 if count < OPENS => {
                 let request = self.random_open();
                 self.open_with(client, request);
@@ -234,7 +234,8 @@ impl World {
             60 if self.rng.once_in(4) => self.crash_client(client),
             61 => self.ask(client, Asked::Other, Request::Ping),
             62 => self.ask(client, Asked::Other, Request::QueryKey(open)),
-            63 => {
+            63 => self.unbind(client, uid),
+            64 => {
                 // The same lock request again, though its answer has come or is on its way.
                 let change =
                     self.clients.get_mut(client).and_then(|there| there.open_mut(uid)?.change.clone());
@@ -406,6 +407,15 @@ impl World {
         there.last_tag += 1;
         let tag = ((there.number as u64 + 1) << 48) | there.last_tag;
         self.io(client, uid, Io::Write { block, tag });
+    }
+
+    /// Gives a channel's binding back, with whatever is in flight on it.
+    fn unbind(&mut self, client: usize, uid: Uid) {
+        let open = self.clients.get_mut(client).and_then(|there| there.open_mut(uid));
+        let bound = open.and_then(|open| open.bound.iter().find(|bound| bound.handle.is_some()));
+        if let Some(channel) = bound.map(|bound| bound.channel) {
+            self.ask_plane(channel, Ask::Unbind);
+        }
     }
 
     /// Issues I/O on one of the open's channels; binds one if it has none.

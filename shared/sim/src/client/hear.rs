@@ -25,6 +25,10 @@ impl World {
                 format!("client {client} hears an answer to {id}, which it never asked: {reply:?}")
             });
         };
+        there.refused = match &reply {
+            Reply::Refused(refusal) => Some(refusal.status),
+            _ => None,
+        };
         match asked {
             Asked::Hello => match reply {
                 Reply::Welcome(welcome) => there.session = Some(welcome.session),
@@ -35,6 +39,7 @@ impl World {
                 Reply::Refused(refusal) => {
                     // A create id is used again only where the answer was lost.
                     let lost = World::passes(refusal.status)
+                        && !self.healing
                         && there.open_mut(uid).is_some_and(|open| open.tries > 0);
                     if let Some(open) = there.open_mut(uid) {
                         open.stands = if lost { Stands::Opening } else { Stands::Dead };
@@ -78,6 +83,7 @@ impl World {
             policy: opened.key.policy,
             secret: session_key(session).bind_secret(opened.open),
             instance: instance(&opened.key.service_blob),
+            epoch: opened.epoch,
         });
         open.session = Some(session);
         if open.stands != Stands::Dead {
@@ -202,6 +208,9 @@ impl World {
     // ---- channels
 
     pub(crate) fn hear_plane(&mut self, client: usize, channel: ChannelNo, say: Say) {
+        if self.scripted {
+            self.after(0, Event::Act(client));
+        }
         let Some(there) = self.clients.get_mut(client) else { return };
         let Some((open, at)) = there.of_channel(channel) else { return };
         match say {
@@ -271,6 +280,8 @@ impl World {
         }
         if self.healing {
             self.after(5 * MS, Event::Act(client));
+        } else if self.scripted {
+            self.after(0, Event::Act(client));
         }
     }
 }

@@ -60,6 +60,7 @@ pub(crate) struct Told {
     pub(crate) secret: BindSecret,
     /// Which data plane it is told of.
     pub(crate) instance: u64,
+    pub(crate) epoch: u64,
 }
 
 /// A channel of an open.
@@ -120,6 +121,10 @@ pub(crate) struct Client {
     pub(crate) gone: bool,
     /// What it does is said by a script.
     pub(crate) scripted: bool,
+    /// What it still does, the next at the end; where all orders are tried.
+    pub(crate) script: Vec<crate::explore::Do>,
+    /// The last refusal of an open, a lock or a resume, for scripts.
+    pub(crate) refused: Option<holdfast_shared::types::Status>,
 }
 
 impl Client {
@@ -138,6 +143,8 @@ impl Client {
             loot: Vec::new(),
             gone: false,
             scripted: false,
+            script: Vec::new(),
+            refused: None,
         }
     }
 

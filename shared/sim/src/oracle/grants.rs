@@ -1,6 +1,6 @@
 //! Opens: nothing that conflicts stands beside a protected open, and nothing of an ended one lands.
 
-use super::{Ended, Fact, Oracle, Sight};
+use super::{Ended, Oracle, Sight};
 use crate::files::{Actor, Node};
 use holdfast_shared::types::{Access, HandleId, OpenId, SessionId, ShareMode, conflicts};
 use holdfast_shared::wire::control::Opened;
@@ -156,10 +156,5 @@ impl Oracle {
     /// The file of an open.
     pub(crate) fn node_of(&self, open: OpenId) -> Option<Node> {
         self.facts.get(&open).and_then(|fact| fact.node)
-    }
-
-    /// Facts of opens that no close was answered for; for tests.
-    pub(crate) fn standing(&self) -> usize {
-        self.facts.values().filter(|fact: &&Fact| fact.stands()).count()
     }
 }

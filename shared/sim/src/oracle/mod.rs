@@ -449,12 +449,6 @@ impl Oracle {
             _ => {}
         }
     }
-
-    /// Requests of a session that were never answered though it lives.
-    pub(crate) fn unanswered(&self, session: SessionId) -> Vec<u64> {
-        let from = (session, 0);
-        self.asked.range(from..=(session, u64::MAX)).map(|((_, id), _)| *id).collect()
-    }
 }
 
 /// Marks locks that an unlock names, or takes the mark back.
