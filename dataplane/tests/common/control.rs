@@ -24,6 +24,13 @@ pub struct Open {
 }
 
 impl Open {
+    /// When the file was last changed, as the kernel says: nanoseconds since 1970.
+    pub fn changed_ns(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let meta = self.file.metadata().unwrap();
+        u64::try_from(meta.ctime() * 1_000_000_000 + meta.ctime_nsec()).unwrap()
+    }
+
     pub fn content(&self) -> Vec<u8> {
         use std::os::unix::fs::FileExt;
         let mut data = vec![0; usize::try_from(self.file.metadata().unwrap().len()).unwrap()];

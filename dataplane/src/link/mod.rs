@@ -12,32 +12,27 @@
 //! told every binding there is, with its descriptor; what ended before that is in no message but in its absence, and what
 //! ends afterwards is told as always (the contract is in [`holdfast_shared::wire::link`]).
 
+mod packet;
+
 use crate::engine::{ControlPort, Engine, HeldBinding, Redemption, Ticket};
 use crate::last_write::last_write_path;
-use crate::limiter::Limiter;
 use crossbeam::queue::SegQueue;
-use holdfast_shared::types::{IoRule, LINK_PACKET_BYTES_MAX, Status, io_rules_ordered};
+use holdfast_shared::types::{IoRule, Status, io_rules_ordered};
 use holdfast_shared::wire::link::{
     Fence, Gauges, LinkBinding, Redeem, RedeemResult, Register, Restricted, ToControl, ToDataplane, VERSION,
 };
-use holdfast_shared::wire::{from_cbor, to_cbor};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
+use packet::{Packet, timespec};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 use rustix::fs::FlockOperation;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-};
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use zeroize::Zeroize;
 
 const LOCK_FILE: &str = "dataplane.lock";
 /// While bindings are gathered: how often to look whether we are to stop.
@@ -48,8 +43,6 @@ const PAUSE_MAX: Duration = Duration::from_millis(250);
 const REGISTER_DEADLINE: Duration = Duration::from_secs(30);
 /// Time control may take to make room for one packet.
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
-/// While the kernel has too many descriptors under way to control: how often to try again.
-const IN_FLIGHT_RETRY: Duration = Duration::from_millis(5);
 
 enum Outgoing {
     Redeem(Ticket, Redeem),
@@ -198,17 +191,11 @@ struct Link<'a, F> {
     next: u64,
 }
 
-/// What a packet brought.
-enum Packet {
-    Message(Box<ToDataplane>, Option<OwnedFd>),
-    Nothing,
-}
-
 impl<F: FnOnce()> Link<'_, F> {
     /// One connection, from its beginning to its end. `Ok` when stopped.
     fn serve(&mut self) -> Result<(), Lost> {
         let before = |why: io::Error| Lost { was_up: false, why };
-        let socket = self.connect().map_err(before)?;
+        let socket = packet::connect(&self.path).map_err(before)?;
         self.lock().map_err(before)?;
         self.engine.last_write().keep_in(&last_write_path(&self.path)).map_err(before)?;
         let untold = self.register(&socket).map_err(before)?;
@@ -260,14 +247,6 @@ impl<F: FnOnce()> Link<'_, F> {
         Ok((held, untold))
     }
 
-    fn connect(&self) -> io::Result<OwnedFd> {
-        let address = SocketAddrUnix::new(&self.path)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        rustix::net::connect(&socket, &address)?;
-        Ok(socket)
-    }
-
     /// Registers with all bindings there are. Returns what is to be told first.
     fn register(&mut self, socket: &OwnedFd) -> io::Result<Vec<Outgoing>> {
         let (held, untold) = self.gather()?;
@@ -275,9 +254,9 @@ impl<F: FnOnce()> Link<'_, F> {
         let n = u32::try_from(held.len()).map_err(io::Error::other)?;
         let service_blob = self.service_blob.clone();
         let register = ToControl::Register(Register { version: VERSION, service_blob, held: n });
-        self.send(socket, &register, None, end)?;
+        packet::send(socket, &register, None, end)?;
         for binding in &held {
-            self.send(socket, &ToControl::Held(binding.held), Some(binding.descriptor()), end)?;
+            packet::send(socket, &ToControl::Held(binding.held), Some(binding.descriptor()), end)?;
         }
         // What ends from now on closes its descriptor here.
         drop(held);
@@ -294,7 +273,7 @@ impl<F: FnOnce()> Link<'_, F> {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             self.wait(Some((socket, PollFlags::IN)), Some(left))?;
-            match receive(socket)? {
+            match packet::receive(socket)? {
                 Packet::Nothing => {}
                 Packet::Message(message, _) => match *message {
                     ToDataplane::Registered(answer) if answer.status == Status::Ok => return Ok(()),
@@ -320,7 +299,7 @@ impl<F: FnOnce()> Link<'_, F> {
             }
             self.wait(Some((socket, PollFlags::IN)), None)?;
             // Everything that came, before going back to waiting.
-            while let Packet::Message(message, fd) = receive(socket)? {
+            while let Packet::Message(message, fd) = packet::receive(socket)? {
                 self.handle(socket, *message, fd)?;
             }
         }
@@ -338,7 +317,7 @@ impl<F: FnOnce()> Link<'_, F> {
             Outgoing::Released(binding) => ToControl::Released(binding),
             Outgoing::Restricted(restricted) => ToControl::Restricted(restricted),
         };
-        self.send(socket, &message, None, Instant::now() + SEND_DEADLINE)
+        packet::send(socket, &message, None, Instant::now() + SEND_DEADLINE)
     }
 
     fn handle(&mut self, socket: &OwnedFd, message: ToDataplane, fd: Option<OwnedFd>) -> io::Result<()> {
@@ -360,49 +339,11 @@ impl<F: FnOnce()> Link<'_, F> {
             ToDataplane::GetGauges(id) => {
                 let gauges = self.engine.gauges().collect();
                 let gauges = ToControl::Gauges(Gauges { id, gauges });
-                self.send(socket, &gauges, None, Instant::now() + SEND_DEADLINE)?;
+                packet::send(socket, &gauges, None, Instant::now() + SEND_DEADLINE)?;
             }
             ToDataplane::Registered(_) => return Err(io::Error::other("control registers us twice")),
         }
         Ok(())
-    }
-
-    /// Sends one packet, until `end` at most.
-    fn send(
-        &self,
-        socket: &OwnedFd,
-        message: &ToControl,
-        fd: Option<BorrowedFd<'_>>,
-        end: Instant,
-    ) -> io::Result<()> {
-        let packet = to_cbor(message);
-        if packet.is_empty() || packet.len() > LINK_PACKET_BYTES_MAX {
-            return Err(io::Error::other("a message of ours is longer than a packet"));
-        }
-        loop {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if let Some(fd) = &fd {
-                // There is room for one.
-                control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(fd)));
-            }
-            let sent =
-                rustix::net::sendmsg(socket, &[IoSlice::new(&packet)], &mut control, SendFlags::NOSIGNAL);
-            let left = end.saturating_duration_since(Instant::now());
-            match sent {
-                Ok(_) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::TOOMANYREFS) if left.is_zero() => {
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, "control takes nothing"));
-                }
-                Err(rustix::io::Errno::AGAIN) => {
-                    poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timespec(left)))?;
-                }
-                // The socket has room, but control has taken few of those that are on their way.
-                Err(rustix::io::Errno::TOOMANYREFS) => std::thread::sleep(IN_FLIGHT_RETRY.min(left)),
-                Err(error) => return Err(error.into()),
-            }
-        }
     }
 
     /// Waits for the socket or for workers.
@@ -460,56 +401,4 @@ impl<F: FnOnce()> Link<'_, F> {
 /// Rules out of order would be judged wrongly.
 fn ordered(rules: &[IoRule]) -> io::Result<()> {
     if io_rules_ordered(rules) { Ok(()) } else { Err(io::Error::other("control sends rules out of order")) }
-}
-
-fn timespec(wait: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: wait.subsec_nanos().into(),
-    }
-}
-
-/// Takes one packet and its descriptor. An error ends the link.
-fn receive(socket: &OwnedFd) -> io::Result<Packet> {
-    let mut bytes = [0; LINK_PACKET_BYTES_MAX];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::net::recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-    );
-    let received = match received {
-        Ok(received) => received,
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Packet::Nothing),
-        Err(error) => return Err(error.into()),
-    };
-    // Taken out before anything is judged: what came is closed on every path.
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    let fd = fds.next();
-    if received.bytes == 0 {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "control has closed the link"));
-    }
-    if received.flags.contains(ReturnFlags::TRUNC) {
-        return Err(io::Error::other("a packet of control is too long"));
-    }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        // The message is whole: its bind is refused, and everybody else is served.
-        static LOGGED: Limiter = Limiter::new();
-        if let Some(suppressed) = LOGGED.pass() {
-            tracing::warn!(
-                suppressed,
-                "no room for a descriptor of control's: raise the limit of open files"
-            );
-        }
-    }
-    let message = from_cbor(&bytes[..received.bytes], LINK_PACKET_BYTES_MAX).map_err(io::Error::other);
-    // A grant has brought channel keys.
-    bytes[..received.bytes].zeroize();
-    let message = message?;
-    Ok(Packet::Message(Box::new(message), fd))
 }
