@@ -13,7 +13,9 @@
 
 use crate::auth::MacPolicy;
 use crate::state::FileIdentity;
-use crate::types::{Evidence, GoneReason, HandleId, HoldClass, LockItem, LockRange, OpenId, ProcessId, VolumeId};
+use crate::types::{
+    Evidence, GoneReason, HandleId, HoldClass, LockItem, LockRange, OpenId, ProcessId, VolumeId,
+};
 use crate::wire::control;
 use minicbor::{Decode, Encode};
 

@@ -1,13 +1,20 @@
 //! The end of bindings, and of opens with them.
 //!
 //! An open that ends is first *closing*: every binding is fenced, and only when dataplane has confirmed each (or is
-//! proven dead, or has registered anew, which it does only when everything it held is drained) is the descriptor closed, the claim on the file given up, and the close
-//! answered. So nothing lands after the answer, and no conflicting open is granted before.
+//! proven dead, or does not tell of it when it registers anew) is the descriptor closed, the claim on the file given up,
+//! and the close answered. So nothing lands after the answer, and no conflicting open is granted before.
+//!
+//! ```text
+//!  close, logoff, eviction, force close ─► Closing ─► fences confirmed, work done
+//!     ─► last look (tombstone without evidence) ─► name removed (delete on close) ─► record ─► CloseFile, answers
+//! ```
 
-use super::table::Life;
-use super::{Asker, Authority, Effect, Subject, Work};
+use super::operation::Stage;
+use super::table::{Ending, Life, Step};
+use super::{Asker, Authority, Effect, Inspected, Work};
+use crate::journal::record::{Record, TombstoneRecord};
 use crate::types::{OpenId, Status, Timestamp};
-use crate::wire::control::Reply;
+use crate::wire::control::{Refusal, Reply};
 use crate::wire::link::{Fence, LinkBinding};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,12 +35,13 @@ impl Fences {
         self.asked.contains_key(&binding)
     }
 
-    fn ask(&mut self, binding: LinkBinding, due: Timestamp) {
+    pub(super) fn ask(&mut self, binding: LinkBinding, due: Timestamp) {
+        self.confirm(binding);
         self.asked.insert(binding, due);
         self.untold.insert((due, binding));
     }
 
-    fn confirm(&mut self, binding: LinkBinding) {
+    pub(super) fn confirm(&mut self, binding: LinkBinding) {
         if let Some(due) = self.asked.remove(&binding) {
             self.untold.remove(&(due, binding));
         }
@@ -52,74 +60,145 @@ impl Fences {
 }
 
 impl Authority {
-    /// Begins to close an open, or joins those who wait for it to be closed.
-    pub(super) fn close(
+    /// Begins to end an open, or joins those who wait for its end.
+    pub(super) fn end(
         &mut self,
-        now: Timestamp,
         id: OpenId,
         waiter: Option<Asker>,
+        ending: Ending,
         reason: Status,
         effects: &mut Vec<Effect>,
     ) {
         let Some(open) = self.opens.get_mut(id) else { return };
-        if let Life::Closing { waiters } = &mut open.life {
+        if let Life::Closing { waiters, .. } = &mut open.life {
             waiters.extend(waiter);
             return;
         }
-        open.life = Life::Closing { waiters: waiter.into_iter().collect() };
-        self.fence(now, id, reason, effects);
+        let life = Life::Closing { waiters: waiter.into_iter().collect(), ending };
+        self.leave_detached(id, reason, life, effects);
+        self.end_lock_requests(id, reason, effects);
+        self.fence(id, reason, |_| true, effects);
         self.finish_close(id, effects);
     }
 
-    /// Begins a new epoch of an open: whatever is bound to it is fenced.
-    pub(super) fn fence(&mut self, now: Timestamp, id: OpenId, reason: Status, effects: &mut Vec<Effect>) {
+    /// Fences those bindings of an open that `which` says, unless that was asked for already.
+    pub(super) fn fence(
+        &mut self,
+        id: OpenId,
+        reason: Status,
+        which: impl Fn(&super::table::Binding) -> bool,
+        effects: &mut Vec<Effect>,
+    ) {
         let Some(open) = self.opens.get_mut(id) else { return };
-        open.epoch += 1;
-        let due = now.saturating_add(self.limits.fence_wait);
-        for (number, binding) in open.bindings.iter_mut().filter(|(_, binding)| !binding.fencing) {
-            binding.fencing = true;
-            self.fences.ask(*number, due);
-            effects.push(Effect::Fence(Fence { binding: *number, epoch: binding.epoch, reason }));
-        }
-    }
-
-    /// Repeated open requests that waited for an earlier session's bindings go on when those are fenced.
-    pub(super) fn go_on_replaying(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
-        let Some(open) = self.opens.get_mut(id) else { return };
-        if open.bindings.values().any(|binding| binding.fencing) {
-            return;
-        }
-        for operation in std::mem::take(&mut open.replays) {
-            effects.push(Effect::Perform { operation, work: Work::Attributes(Subject::File(open.file)) });
-        }
-    }
-
-    /// Ends an open that is closing and has nothing left to wait for.
-    pub(super) fn finish_close(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
-        match self.opens.get(id) {
-            Some(open)
-                if matches!(open.life, Life::Closing { .. })
-                    && open.bindings.is_empty()
-                    && open.works == 0 => {}
-            _ => return,
-        }
-        let Some(open) = self.opens.remove(id) else { return };
-        self.shares.leave(open.identity, open.access, open.share);
-        self.create_ids.0.remove(&(open.principal.clone(), open.create_id));
-        self.sessions.count(&open.principal, |share| share.opens -= 1);
-        if let Some(session) = self.sessions.get_mut(open.session) {
-            session.opens.remove(&id);
-        }
-        effects.push(Effect::CloseFile(open.file));
-        if let Life::Closing { waiters } = open.life {
-            for waiter in waiters {
-                waiter.answer(Reply::Done, effects);
+        let due = self.now.saturating_add(self.limits.fence_wait);
+        for (number, binding) in open.bindings.iter_mut() {
+            if !binding.fencing && which(binding) {
+                binding.fencing = true;
+                self.fences.ask(*number, due);
+                effects.push(Effect::Fence(Fence { binding: *number, epoch: binding.epoch, reason }));
             }
         }
     }
 
+    /// A binding or some work of an open has ended: whatever waited for that goes on.
+    pub(super) fn go_on(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
+        self.take_baseline(id, effects);
+        self.go_on_resuming(id, effects);
+        self.finish_close(id, effects);
+    }
+
+    /// Ends an open that is closing and has nothing left to wait for.
+    pub(super) fn finish_close(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
+        let Some(open) = self.opens.get_mut(id) else { return };
+        let Life::Closing { ending, .. } = open.life else { return };
+        if !open.bindings.is_empty() || open.works > 0 {
+            return;
+        }
+        let file = open.file;
+        if matches!(ending, Ending::Gone(_)) && !open.marked && !open.baseline && open.last_look == Step::No {
+            open.last_look = Step::UnderWay;
+            let operation = self.start_own(id, Stage::LastLook(id));
+            effects.push(Effect::Inspect { operation, file });
+            return;
+        }
+        if self.remove_name(id, effects) {
+            return;
+        }
+        let Some(mut open) = self.opens.remove(id) else { return };
+        self.shares.leave(open.identity, open.access(), open.share());
+        self.locks.release(open.identity, id);
+        self.create_ids.0.remove(&(open.principal.clone(), open.request.create_id));
+        self.sessions.count(&open.principal, |share| share.opens -= 1);
+        match ending {
+            Ending::Closed => {
+                self.persist(Record::Closed(id), effects);
+            }
+            Ending::Gone(reason) => {
+                let record = TombstoneRecord {
+                    open: id,
+                    principal: open.principal.as_ref().to_owned(),
+                    reason,
+                    volume: open.at.volume,
+                    identity: open.identity,
+                    file_handle: std::mem::take(&mut open.file_handle),
+                    path: open.at.path.as_str().to_owned(),
+                    evidence: (open.baseline && !open.marked).then_some(open.evidence),
+                };
+                self.bury(id, record, effects);
+            }
+        }
+        effects.push(Effect::CloseFile(open.file));
+        if let Life::Closing { waiters, .. } = open.life {
+            for waiter in waiters {
+                waiter.answer(Reply::Done, effects);
+            }
+        }
+        self.open_unbound(id, effects);
+        self.changed.insert(open.identity);
+        if let Some(session) = open.session {
+            if let Some(session) = self.sessions.get_mut(session) {
+                session.opens.remove(&id);
+            }
+            self.finish_logoff(session, effects);
+        }
+    }
+
+    pub(super) fn last_look_seen(&mut self, id: OpenId, result: Result<Option<Inspected>, Refusal>) {
+        let Some(open) = self.opens.get_mut(id) else { return };
+        open.last_look = Step::Done;
+        if let Ok(Some(seen)) = result {
+            open.evidence = seen.evidence;
+            open.baseline = true;
+        } else {
+            open.marked = true;
+        }
+    }
+
+    /// Delete on close: the name goes with the last open of the file, if this or an earlier one asked for it. True
+    /// while that is under way.
+    fn remove_name(&mut self, id: OpenId, effects: &mut Vec<Effect>) -> bool {
+        let Some(open) = self.opens.get_mut(id) else { return false };
+        let identity = open.identity;
+        let own = open.request.delete_on_close.then(|| open.at.clone());
+        let Some(of_file) = self.opens.of_file_mut(identity) else { return false };
+        if own.is_some() {
+            of_file.remove = own;
+        }
+        let alone = of_file.all.len() == 1;
+        let Some(at) = of_file.remove.clone().filter(|_| alone) else { return false };
+        match self.opens.get_mut(id) {
+            Some(open) if open.removal == Step::No => open.removal = Step::UnderWay,
+            _ => return false,
+        }
+        let operation = self.start_own(id, Stage::Removing(id));
+        // All that let go of the file is durable before its name goes.
+        self.defer_all(Effect::Perform { operation, work: Work::Remove(at, identity) }, effects);
+        true
+    }
+
     /// Dataplane confirms a fence. One that was not asked for, or of another epoch, changes nothing.
     pub(super) fn fenced(&mut self, fence: Fence, effects: &mut Vec<Effect>) {
+        self.strays.remove(&fence.binding);
         let asked = self
             .opens
             .open_of(fence.binding)
@@ -132,21 +211,24 @@ impl Authority {
 
     /// A binding is over, and its descriptor in dataplane closed.
     pub(super) fn released(&mut self, binding: LinkBinding, effects: &mut Vec<Effect>) {
+        self.strays.remove(&binding);
         self.fences.confirm(binding);
-        if let Some((open, _)) = self.opens.unbind(binding) {
-            self.go_on_replaying(open, effects);
-            self.finish_close(open, effects);
+        if let Some((open, gone)) = self.opens.unbind(binding) {
+            if let Some(open) = self.opens.get_mut(open) {
+                open.kept.retain(|kept| *kept != gone.handle);
+            }
+            self.open_unbound(open, effects);
+            self.go_on(open, effects);
         }
     }
 
-    /// Dataplane is dead, or has drained everything it held: no binding is left.
+    /// Dataplane is dead: no binding is left.
     pub(super) fn lose_link(&mut self, effects: &mut Vec<Effect>) {
         self.service_blob = None;
         self.unknown_bindings = false;
-        self.fences = Fences::default();
-        for open in self.opens.unbind_all() {
-            self.go_on_replaying(open, effects);
-            self.finish_close(open, effects);
+        self.strays.clear();
+        for binding in self.opens.bound() {
+            self.released(binding, effects);
         }
     }
 }

@@ -7,43 +7,66 @@
 //! ```text
 //!   sessions ─ Request ─►┌───────────────────────────────┐─► Reply, Disconnect ─► sessions
 //!                        │ Authority                     │
-//!   file workers ───────►│  sessions   who is there      │─► OpenFile, Resolve, Perform, CloseFile ─► file workers
+//!   file workers ───────►│  sessions   who is there      │─► OpenFile, Resolve, Perform, Inspect, CloseFile ─► file workers
 //!     FileOpened         │  opens      what they hold    │
 //!     Performed          │  shares     who excludes whom │
-//!                        │  bindings   what dataplane has│─► Grant, RefuseBind, Fence ─► link
+//!     Inspected          │  locks      on which bytes    │
+//!                        │  bindings   what dataplane has│─► Grant, RefuseBind, Fence, Restrict ─► link
 //!   link ─ Redeem ──────►│  operations what is under way │
-//!     Fenced, Released   └───────────────────────────────┘
+//!     Fenced, Restricted │  contenders who waits         │
+//!                        │  tombstones what was          │─► Persist ─► journal
+//!   journal ─ Persisted ►└───────────────────────────────┘
 //! ```
 //!
 //! | module | question it answers |
 //! |---|---|
 //! | [`rules`] | which volumes are there, and who may use them how? |
-//! | [`session`](self) | who is connected, within which limits? |
+//! | `session` | who is connected, within which limits? |
 //! | `open` | when is a file opened, and what does a repeated request get? |
 //! | `share` | which opens exclude each other? |
+//! | `contend` | who is in the way, and what becomes of it? |
+//! | `life` | what happens to an open whose session is lost? |
+//! | `resume` | who gets it back, and what is it told? |
+//! | `tombstone` | what is told when it is gone? |
 //! | [`lock`] | which byte ranges are locked, and by whom? |
+//! | `locking` | when is a lock request answered? |
+//! | `barrier` | does dataplane obey already? |
 //! | `redeem` | which bind is granted? |
 //! | `fence` | when is a binding, and with it an open, surely over? |
+//! | `links` | what lives in a dataplane that registers? |
 //! | `names` | when may a name be removed or renamed, or a file's size be changed? |
+//! | `persist` | what waits for the journal? |
+//! | `recovery`, `checkpoint` | what does the journal say? |
+//! | `timers` | what is due? |
+//! | `views` | what does the operator see? |
 
+mod barrier;
 mod checkpoint;
+mod contend;
 mod effect;
 mod fence;
 mod input;
 mod invariants;
+mod life;
 mod limits;
+mod links;
 pub mod lock;
+mod locking;
 mod names;
 mod open;
 mod operation;
+mod persist;
 mod recovery;
 mod redeem;
+mod resume;
 pub mod rules;
 mod session;
 mod share;
 mod table;
 #[cfg(test)]
 mod tests;
+mod timers;
+mod tombstone;
 mod views;
 
 pub use checkpoint::Cursor;
@@ -59,34 +82,67 @@ pub use views::{BindingView, OpenState, OpenView, SessionView};
 use crate::auth::Keyring;
 use crate::types::{SessionId, Status, Timestamp};
 use crate::wire::control::{Refusal, Reply};
+use crate::wire::link::LinkBinding;
+use barrier::Barriers;
+use contend::Contenders;
 use fence::Fences;
+use lock::LockTable;
+use locking::Locking;
 use open::CreateIds;
 use operation::Operations;
+use persist::Journal;
 use rules::Volumes;
 use session::Sessions;
 use share::ShareTable;
+use std::collections::BTreeSet;
 use table::OpenTable;
+use timers::Timers;
+use tombstone::Tombstones;
 
 /// The one owner of every open, and of every decision about them.
 ///
 /// * In: [`Authority::handle`], [`Authority::handle_timeout`].
 /// * Out: the effects these append, and [`Authority::poll_timeout`].
-/// * To look: [`Authority::counts`], [`Authority::check_invariants`].
+/// * To look: [`Authority::counts`], [`Authority::list_opens`], [`Authority::check_invariants`].
+/// * To keep: [`Authority::checkpoint`]; back by [`Recovery`].
 #[derive(Debug)]
 pub struct Authority {
     limits: Limits,
     volumes: Volumes,
     keyring: Keyring,
+    /// Counts the starts of control.
+    generation: u64,
+    /// The latest time that was told.
+    now: Timestamp,
     sessions: Sessions,
     opens: OpenTable,
     shares: ShareTable,
     create_ids: CreateIds,
     operations: Operations,
+    contenders: Contenders,
     fences: Fences,
+    locks: LockTable,
+    locking: Locking,
+    barriers: Barriers,
+    /// The highest version of any open's I/O rules.
+    last_version: u64,
+    /// Files on which an open has I/O rules, or may get some.
+    ruled: BTreeSet<FileIdentity>,
+    tombstones: Tombstones,
+    timers: Timers,
+    journal: Journal,
+    /// Files about which something changed in this call: those who wait for them are looked at in its end.
+    changed: BTreeSet<FileIdentity>,
     /// What dataplane registered; `None` while no dataplane is linked.
     service_blob: Option<Vec<u8>>,
     /// A dataplane may live that serves bindings of an earlier control.
     unknown_bindings: bool,
+    /// Bindings that live without an open, and are being fenced.
+    strays: BTreeSet<LinkBinding>,
+    /// After recovery, until it is known which bindings live.
+    settling: bool,
+    /// Before recovery: see [`Authority::set_last_write`].
+    last_write: u64,
 }
 
 /// How much there is of everything, for the operator.
@@ -104,64 +160,143 @@ pub struct Counts {
     pub operations: usize,
     /// Files with at least one claim on access.
     pub claimed_files: usize,
+    /// Detached opens, expired ones included.
+    pub detached: usize,
+    /// Locks held.
+    pub locks: usize,
+    /// Lock requests that wait.
+    pub lock_waiters: usize,
+    /// Other requests that wait for detached opens.
+    pub contenders: usize,
+    /// What waits for dataplane to obey new rules.
+    pub barriers: usize,
+    /// Tombstones.
+    pub tombstones: usize,
+    /// Effects that wait for the journal.
+    pub held_effects: usize,
 }
 
 impl Authority {
-    /// An authority without sessions, opens or dataplane.
+    /// An authority without sessions, opens or dataplane, and with nothing in its journal.
     pub fn new(limits: Limits, volumes: Vec<rules::VolumeRules>, keyring: Keyring) -> Self {
         Self {
             limits,
             volumes: Volumes::new(volumes),
             keyring,
+            generation: 0,
+            now: Timestamp::default(),
             sessions: Sessions::default(),
             opens: OpenTable::default(),
             shares: ShareTable::default(),
             create_ids: CreateIds::default(),
             operations: Operations::default(),
+            contenders: Contenders::default(),
             fences: Fences::default(),
+            locks: LockTable::new(limits.locks),
+            locking: Locking::default(),
+            barriers: Barriers::default(),
+            last_version: 0,
+            ruled: BTreeSet::new(),
+            tombstones: Tombstones::default(),
+            timers: Timers::default(),
+            journal: Journal::default(),
+            changed: BTreeSet::new(),
             service_blob: None,
             unknown_bindings: false,
+            strays: BTreeSet::new(),
+            settling: false,
+            last_write: 0,
         }
     }
 
     /// Takes one input. Every input is answered in bounded time and never panics on what came from outside.
     pub fn handle(&mut self, now: Timestamp, input: Input, effects: &mut Vec<Effect>) {
+        self.tell_time(now);
+        let mut own = Vec::new();
+        self.take(input, &mut own);
+        self.look_at_changed(&mut own);
+        self.journal.gate(own, effects);
+    }
+
+    fn tell_time(&mut self, now: Timestamp) {
+        if self.now == Timestamp::default() && self.tombstones.len() > 0 {
+            self.now = now;
+            self.date_tombstones();
+        }
+        self.now = self.now.max(now);
+    }
+
+    fn take(&mut self, input: Input, effects: &mut Vec<Effect>) {
+        match input {
+            Input::Reopened { open, result } => return self.reopened(open, result, effects),
+            Input::DataplaneMayLive => return self.unknown_bindings = true,
+            Input::LinkUp { service_blob, held } => return self.link_up(service_blob, held, effects),
+            Input::LinkLost => return self.link_lost(effects),
+            Input::Persisted(sequence) => return self.persisted(sequence, effects),
+            // No dataplane lives: no binding is left of those that were.
+            _ if !self.unknown_bindings => self.settle(&Default::default(), effects),
+            _ => {}
+        }
         match input {
             Input::SessionBegan(began) => self.begin_session(*began, effects),
-            Input::SessionLost(session) => self.lose_session(now, session, effects),
+            Input::SessionLost(session) => self.lose_session(session, effects),
             Input::Request { session, id, request, fresh } => {
-                self.request(now, Asker { session, request: id }, request, *fresh, effects);
+                self.request(Asker { session, request: id }, request, *fresh, effects);
             }
             Input::FileOpened { operation, result } => self.file_opened(operation, result, effects),
             Input::Resolved { operation, result } => self.names_resolved(operation, result, effects),
             Input::Performed { operation, result } => self.performed(operation, result, effects),
-            Input::DataplaneMayLive => self.unknown_bindings = true,
-            Input::LinkUp { service_blob, .. } => {
-                self.lose_link(effects);
-                self.service_blob = Some(service_blob);
+            Input::Inspected { operation, result } => self.inspected(operation, result, effects),
+            Input::JournalRoom(room) => self.journal_room(room),
+            Input::ForceClose(open) => {
+                let ending = table::Ending::Gone(crate::types::GoneReason::ForceClosed);
+                self.end(open, None, ending, Status::ForceClosed, effects);
             }
             Input::LinkDown => self.service_blob = None,
-            Input::LinkLost => self.lose_link(effects),
             Input::Redeem { redeem, fresh } => self.redeem(&redeem, &fresh, effects),
             Input::Fenced(fence) => self.fenced(fence, effects),
             Input::Released(binding) => self.released(binding, effects),
-            Input::Persisted(_)
-            | Input::JournalRoom(_)
-            | Input::Restricted(_)
-            | Input::Inspected { .. }
-            | Input::Reopened { .. }
-            | Input::ForceClose(_) => {}
+            Input::Restricted(restricted) => self.restricted(restricted, effects),
+            Input::Reopened { .. }
+            | Input::DataplaneMayLive
+            | Input::LinkUp { .. }
+            | Input::LinkLost
+            | Input::Persisted(_) => {}
+        }
+    }
+
+    /// Where something changed: new rules for I/O, locks for those who wait, requests asked again. What that changes in
+    /// turn is looked at too; it comes to an end, as each turn ends opens or answers requests.
+    fn look_at_changed(&mut self, effects: &mut Vec<Effect>) {
+        while let Some(file) = self.changed.pop_first() {
+            self.update_rules(file, effects);
+            self.poke_lock_waiters(file, effects);
+            self.ask_contenders_again(file, effects);
+        }
+    }
+
+    fn journal_room(&mut self, room: bool) {
+        self.journal.full = !room;
+        if room {
+            let waited_for = self.locking.pending.keys().filter_map(|(open, _)| self.opens.get(*open));
+            self.changed.extend(waited_for.map(|open| open.identity));
         }
     }
 
     /// When [`Authority::handle_timeout`] wants to be called; `None` if never.
     pub fn poll_timeout(&self) -> Option<Timestamp> {
-        self.fences.next_deadline()
+        let deadlines = [self.fences.next_deadline(), self.timers.next()];
+        deadlines.into_iter().flatten().min()
     }
 
-    /// Does what is due at `now`.
+    /// Does what is due at `now`: a part of it if it is much, and then [`Authority::poll_timeout`] says so.
     pub fn handle_timeout(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
-        self.fences.overdue(now, |binding| effects.push(Effect::FenceOverdue(binding)));
+        self.tell_time(now);
+        let mut own = Vec::new();
+        self.fences.overdue(self.now, |binding| own.push(Effect::FenceOverdue(binding)));
+        self.run_timers(&mut own);
+        self.look_at_changed(&mut own);
+        self.journal.gate(own, effects);
     }
 
     /// How much there is of everything.
@@ -173,6 +308,13 @@ impl Authority {
             fences: self.fences.len(),
             operations: self.operations.len(),
             claimed_files: self.shares.len(),
+            detached: self.opens.detached(),
+            locks: self.locks.counts().locks,
+            lock_waiters: self.locks.counts().waiters,
+            contenders: self.contenders.len(),
+            barriers: self.barriers.len(),
+            tombstones: self.tombstones.len(),
+            held_effects: self.journal.held(),
         }
     }
 }
@@ -185,8 +327,15 @@ pub(crate) struct Asker {
 }
 
 impl Asker {
+    /// For what the authority asks by itself.
+    pub(crate) const NOBODY: Self = Self { session: SessionId::NONE, request: 0 };
+
+    fn effect(self, reply: Reply) -> Effect {
+        Effect::Reply { session: self.session, id: self.request, reply }
+    }
+
     fn answer(self, reply: Reply, effects: &mut Vec<Effect>) {
-        effects.push(Effect::Reply { session: self.session, id: self.request, reply });
+        effects.push(self.effect(reply));
     }
 
     fn refuse(self, refusal: Refusal, effects: &mut Vec<Effect>) {
@@ -201,7 +350,7 @@ impl Authority {
     /// Refuses what a binding of an earlier control could conflict with, while one may live. Fence before grant
     /// holds across restarts too.
     fn know_all_bindings(&self) -> Result<(), Refusal> {
-        if self.unknown_bindings {
+        if self.unknown_bindings || !self.strays.is_empty() {
             let words = "dataplane has not let go of earlier bindings yet";
             return Err(Refusal {
                 retry_ms: Some(DATAPLANE_RETRY_MS),

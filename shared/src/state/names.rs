@@ -9,19 +9,20 @@
 //!  size, by name  ─► OpenFile               ─► claim  ─► Perform on the descriptor ─► CloseFile, answer
 //! ```
 
+use super::contend::{Contending, Judged};
 use super::operation::{Claim, Operation, OperationId, Stage};
 use super::rules::Right;
 use super::table::FileId;
 use super::{Asker, Authority, Changes, Effect, FileIdentity, FileOpened, Located, Subject, Work, refusal};
-use crate::types::{Access, Disposition, FileTime, ShareMode, Status};
-use crate::wire::control::{self, Place, Refusal, Target};
+use crate::types::{Access, ByteRange, Disposition, FileTime, ShareMode, Status};
+use crate::wire::control::{self, Place, Refusal, Request, Target};
 use std::sync::Arc;
 
 /// A change of names that waits to learn which files are concerned.
 #[derive(Debug)]
 pub(super) enum NameChange {
-    Remove(Located),
-    Rename { from: Located, to: Located, no_replace: bool },
+    Remove(Located, Place),
+    Rename { from: Located, to: Located, asked: control::Rename },
 }
 
 impl Authority {
@@ -33,7 +34,7 @@ impl Authority {
     ) -> Result<(), Refusal> {
         self.know_all_bindings()?;
         let at = self.locate_name(asker, place)?;
-        let operation = self.start(asker, Stage::Resolving(NameChange::Remove(at.clone())))?;
+        let operation = self.start(asker, Stage::Resolving(NameChange::Remove(at.clone(), place.clone())))?;
         effects.push(Effect::Resolve { operation, names: vec![at] });
         Ok(())
     }
@@ -51,7 +52,7 @@ impl Authority {
             return Err(refusal(Status::Invalid, "a rename stays within one volume"));
         }
         let names = vec![from.clone(), to.clone()];
-        let change = NameChange::Rename { from, to, no_replace: rename.no_replace };
+        let change = NameChange::Rename { from, to, asked: rename.clone() };
         let operation = self.start(asker, Stage::Resolving(change))?;
         effects.push(Effect::Resolve { operation, names });
         Ok(())
@@ -75,39 +76,35 @@ impl Authority {
         let Stage::Resolving(change) = stage else {
             return self.operations.insert(id, Operation { asker, principal, stage });
         };
-        match result.and_then(|found| self.claim_names(change, &found)) {
-            Err(refused) => asker.refuse(refused, effects),
-            Ok((work, claims)) => {
-                for (file, access, share) in &claims {
-                    self.shares.enter(*file, *access, *share);
-                }
-                let stage = Stage::ChangingNames(claims);
-                self.operations.insert(id, Operation { asker, principal, stage });
-                effects.push(Effect::Perform { operation: id, work });
+        let found = match result {
+            Ok(found) => found,
+            Err(refused) => return asker.refuse(refused, effects),
+        };
+        let (work, claims, request) = match names_work(change, &found) {
+            Ok(named) => named,
+            Err(refused) => return asker.refuse(refused, effects),
+        };
+        for (file, access, share) in &claims {
+            let judged = self.judge_claim(*file, *access, *share);
+            // A live open of either file is enough.
+            if judged == Judged::Live {
+                let words = "an open of the file denies its removal";
+                return asker.refuse(refusal(Status::ShareConflict, words), effects);
             }
         }
-    }
-
-    fn claim_names(
-        &self,
-        change: NameChange,
-        found: &[Option<FileIdentity>],
-    ) -> Result<(Work, Vec<Claim>), Refusal> {
-        let source = found.first().copied().flatten().ok_or_else(|| refusal(Status::NotFound, ""))?;
-        let target = found.get(1).copied().flatten();
-        if matches!(change, NameChange::Rename { no_replace: true, .. }) && target.is_some() {
-            return Err(refusal(Status::Exists, ""));
+        for (file, access, share) in &claims {
+            let judged = self.judge_claim(*file, *access, *share);
+            if judged != Judged::Free {
+                let what = Contending::Request(asker, Box::new(request));
+                return self.contend(judged, *file, None, what, Status::ShareConflict, effects);
+            }
         }
-        let mut claims: Vec<Claim> = vec![(source, Access::DELETE, ShareMode::ALL)];
-        claims.extend(target.filter(|t| *t != source).map(|t| (t, Access::DELETE, ShareMode::ALL)));
-        if claims.iter().any(|(file, access, share)| !self.shares.admits(*file, *access, *share)) {
-            return Err(refusal(Status::ShareConflict, "an open of the file denies its removal"));
+        for (file, access, share) in &claims {
+            self.shares.enter(*file, *access, *share);
+            self.mark_others(*file, None, effects);
         }
-        let work = match change {
-            NameChange::Remove(at) => Work::Remove(at, source),
-            NameChange::Rename { from, to, .. } => Work::Rename { from: (from, source), to: (to, target) },
-        };
-        Ok((work, claims))
+        self.operations.insert(id, Operation { asker, principal, stage: Stage::ChangingNames(claims) });
+        self.defer_all(Effect::Perform { operation: id, work }, effects);
     }
 
     pub(super) fn set_attributes(
@@ -132,18 +129,30 @@ impl Authority {
         {
             return Err(refusal(Status::Invalid, "a second has 1,000,000,000 nanoseconds"));
         }
-        match set.target {
+        match set.target.clone() {
             Target::Open(id) => {
-                let file = self.own(asker, id)?;
-                let open = self.owned(asker, id)?;
-                if changes.size.is_some() && !open.access.contains(Access::WRITE) {
+                let open = self.own(asker, id)?;
+                let (file, identity) = (open.file, open.identity);
+                if changes.size.is_some() && !open.access().contains(Access::WRITE) {
                     return Err(refusal(Status::AccessDenied, "the open has no write access"));
                 }
-                if !self.volumes.may_write(&open.principal, open.volume) {
+                if !self.volumes.may_write(&open.principal, open.volume()) {
                     return Err(refusal(Status::ReadOnly, ""));
                 }
-                // Its own claim on WRITE, if it has one, already stands against the others' share modes.
-                self.perform_on(asker, id, Work::SetAttributes(Subject::File(file), changes), effects);
+                // Its own claim on WRITE, if it has one, already stands against the others' share modes. How long the
+                // file is now is not known: every lock of it counts.
+                if let (Some(_), Ok(all)) = (changes.size, ByteRange::new(0, ByteRange::END_MAX)) {
+                    let judged = self.judge_size(identity, Some(id), all);
+                    if judged != Judged::Free {
+                        let what = Contending::Request(asker, Box::new(Request::SetAttributes(set)));
+                        self.contend(judged, identity, None, what, Status::LockConflict, effects);
+                        return Ok(());
+                    }
+                }
+                let operation = self.start(asker, Stage::Altering(id))?;
+                self.begin_work(id);
+                let work = Work::SetAttributes(Subject::File(file), changes);
+                self.defer_all(Effect::Perform { operation, work }, effects);
                 Ok(())
             }
             Target::Path(place) => {
@@ -153,7 +162,7 @@ impl Authority {
                     return self.perform(asker, work, Stage::Plain, effects);
                 }
                 self.know_all_bindings()?;
-                let operation = self.start(asker, Stage::OpeningForChange(changes))?;
+                let operation = self.start(asker, Stage::OpeningForChange(changes, Box::new(set)))?;
                 effects.push(Effect::OpenFile {
                     operation,
                     file: FileId(operation.0),
@@ -172,8 +181,9 @@ impl Authority {
         &mut self,
         id: OperationId,
         asker: Asker,
-        principal: Arc<str>,
+        principal: Option<Arc<str>>,
         changes: Changes,
+        request: control::SetAttributes,
         result: Result<FileOpened, Refusal>,
         effects: &mut Vec<Effect>,
     ) {
@@ -183,15 +193,46 @@ impl Authority {
             Err(refused) => return asker.refuse(refused, effects),
         };
         let claim = (opened.identity, Access::WRITE, ShareMode::ALL);
-        if !self.shares.admits(claim.0, claim.1, claim.2) {
+        let mut live = Status::ShareConflict;
+        let mut judged = self.judge_claim(claim.0, claim.1, claim.2);
+        if let (Judged::Free, Some(size)) = (&judged, changes.size) {
+            let (from, to) = (opened.attributes.size.min(size), opened.attributes.size.max(size));
+            if let Ok(range) = ByteRange::new(from, to.saturating_sub(from)) {
+                judged = self.judge_size(opened.identity, None, range);
+                live = Status::LockConflict;
+            }
+        }
+        if judged != Judged::Free {
             effects.push(Effect::CloseFile(file));
-            return asker
-                .refuse(refusal(Status::ShareConflict, "an open of the file denies writing"), effects);
+            let what = Contending::Request(asker, Box::new(Request::SetAttributes(request)));
+            return self.contend(judged, opened.identity, None, what, live, effects);
         }
         self.shares.enter(claim.0, claim.1, claim.2);
+        self.mark_others(claim.0, None, effects);
         let stage = Stage::Changing(file, claim);
         self.operations.insert(id, Operation { asker, principal, stage });
         let work = Work::SetAttributes(Subject::File(file), changes);
-        effects.push(Effect::Perform { operation: id, work });
+        self.defer_all(Effect::Perform { operation: id, work }, effects);
     }
+}
+
+/// The work of a change of names, and what it claims, now that the files are known; and the request, in case it has to
+/// be asked again.
+fn names_work(
+    change: NameChange,
+    found: &[Option<FileIdentity>],
+) -> Result<(Work, Vec<Claim>, Request), Refusal> {
+    let source = found.first().copied().flatten().ok_or_else(|| refusal(Status::NotFound, ""))?;
+    let target = found.get(1).copied().flatten();
+    let mut claims: Vec<Claim> = vec![(source, Access::DELETE, ShareMode::ALL)];
+    claims.extend(target.filter(|t| *t != source).map(|t| (t, Access::DELETE, ShareMode::ALL)));
+    Ok(match change {
+        NameChange::Remove(at, place) => (Work::Remove(at, source), claims, Request::Remove(place)),
+        NameChange::Rename { asked, .. } if asked.no_replace && target.is_some() => {
+            return Err(refusal(Status::Exists, ""));
+        }
+        NameChange::Rename { from, to, asked } => {
+            (Work::Rename { from: (from, source), to: (to, target) }, claims, Request::Rename(asked))
+        }
+    })
 }

@@ -1,10 +1,13 @@
 //! Operations under way in the file system, and what is to happen when they end.
 
 use super::open::Opening;
+use super::resume::ReplayOf;
 use super::table::FileId;
-use super::{Asker, Authority, Changes, Effect, FileIdentity, Fresh, Work, names::NameChange, refusal};
-use crate::types::{Access, OpenId, ShareMode, Status};
-use crate::wire::control::{Refusal, Reply};
+use super::{
+    Asker, Authority, Changes, Effect, FileIdentity, Fresh, Inspected, Work, names::NameChange, refusal,
+};
+use crate::types::{Access, Evidence, GoneReason, OpenId, ShareMode, Status};
+use crate::wire::control::{Attributes, Refusal, Reply};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -22,27 +25,40 @@ pub(super) enum Stage {
     Plain,
     /// Work on an open, which does not close before it ends.
     OnOpen(OpenId),
+    /// The same, and it changes the file.
+    Altering(OpenId),
     /// A repeated open request waits for the file's attributes.
-    Replaying(OpenId, Box<Fresh>),
+    Replaying(ReplayOf, Box<Fresh>),
     /// The file of an open request is being opened.
     Opening(Box<Opening>),
-    /// It is open and claimed; its old content is being discarded.
-    Truncating(Box<Opening>, FileId, FileIdentity),
+    /// The open is there; its file's old content is being discarded. Who waits for the answer.
+    Truncating(OpenId, Vec<Asker>, Box<Fresh>),
     /// A file is being opened for a change of its attributes by name.
-    OpeningForChange(Changes),
+    OpeningForChange(Changes, Box<crate::wire::control::SetAttributes>),
     /// The change is being made.
     Changing(FileId, Claim),
     /// It is being found out which files are concerned.
     Resolving(NameChange),
     /// Names are being changed.
     ChangingNames(Vec<Claim>),
+    /// The baseline of a detached open is being taken.
+    Baseline(OpenId),
+    /// A resume wants to know how the file looks.
+    Resuming(OpenId),
+    /// A late resume wants to know how the file looks.
+    LateResume { reason: GoneReason, evidence: Evidence, journalled: u64 },
+    /// The last look at the file before the open's tombstone.
+    LastLook(OpenId),
+    /// The name is being removed, as an open that ends had asked.
+    Removing(OpenId),
 }
 
 #[derive(Debug)]
 pub(super) struct Operation {
     pub(super) asker: Asker,
-    /// Whose share of the room it takes, whatever becomes of the session.
-    pub(super) principal: Arc<str>,
+    /// Whose share of the room it takes, whatever becomes of the session; `None` for what nobody asked for: there is one
+    /// of each kind for an open at most.
+    pub(super) principal: Option<Arc<str>>,
     pub(super) stage: Stage,
 }
 
@@ -51,6 +67,8 @@ pub(super) struct Operations {
     under_way: BTreeMap<OperationId, Operation>,
     /// How many each principal has; those without any are left out.
     pub(super) principals: BTreeMap<Arc<str>, usize>,
+    /// How many were asked for.
+    pub(super) asked: usize,
     last: u64,
 }
 
@@ -59,8 +77,8 @@ impl Operations {
         self.under_way.len()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Operation> {
-        self.under_way.values()
+    pub(super) fn iter(&self) -> impl Iterator<Item = (OperationId, &Operation)> {
+        self.under_way.iter().map(|(id, operation)| (*id, operation))
     }
 
     pub(super) fn get_mut(&mut self, id: OperationId) -> Option<&mut Operation> {
@@ -78,19 +96,51 @@ impl Operations {
     }
 
     pub(super) fn insert(&mut self, id: OperationId, operation: Operation) {
-        *self.principals.entry(operation.principal.clone()).or_default() += 1;
+        if let Some(principal) = &operation.principal {
+            *self.principals.entry(principal.clone()).or_default() += 1;
+            self.asked += 1;
+        }
         self.under_way.insert(id, operation);
     }
 
     pub(super) fn remove(&mut self, id: OperationId) -> Option<Operation> {
         let operation = self.under_way.remove(&id)?;
-        if let Some(count) = self.principals.get_mut(&operation.principal) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                self.principals.remove(&operation.principal);
+        if let Some(principal) = &operation.principal {
+            self.asked = self.asked.saturating_sub(1);
+            if let Some(count) = self.principals.get_mut(principal) {
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    self.principals.remove(principal);
+                }
             }
         }
         Some(operation)
+    }
+}
+
+impl Stage {
+    /// What the operation claims for its moment.
+    pub(super) fn claims(&self) -> &[Claim] {
+        match self {
+            Self::Changing(_, claim) => std::slice::from_ref(claim),
+            Self::ChangingNames(claims) => claims,
+            _ => &[],
+        }
+    }
+
+    /// The open that does not close before the operation ends.
+    pub(super) fn works_on(&self) -> Option<OpenId> {
+        match self {
+            Self::OnOpen(open)
+            | Self::Altering(open)
+            | Self::Replaying(ReplayOf(open), _)
+            | Self::Truncating(open, ..)
+            | Self::Baseline(open)
+            | Self::Resuming(open)
+            | Self::LastLook(open)
+            | Self::Removing(open) => Some(*open),
+            _ => None,
+        }
     }
 }
 
@@ -100,7 +150,7 @@ impl Authority {
         let session = self.sessions.get(asker.session).ok_or_else(|| refusal(Status::SessionGone, ""))?;
         let principal = session.principal.clone();
         // What one principal asks for, however slow it is, leaves room for the others.
-        if self.operations.len() >= self.limits.operations
+        if self.operations.asked >= self.limits.operations
             || self.operations.share(&principal) >= self.limits.operations_per_principal
         {
             return Err(Refusal {
@@ -109,8 +159,16 @@ impl Authority {
             });
         }
         let id = self.operations.next_id();
-        self.operations.insert(id, Operation { asker, principal, stage });
+        self.operations.insert(id, Operation { asker, principal: Some(principal), stage });
         Ok(id)
+    }
+
+    /// Starts an operation on an open that nobody asked for.
+    pub(super) fn start_own(&mut self, open: OpenId, stage: Stage) -> OperationId {
+        let id = self.operations.next_id();
+        self.operations.insert(id, Operation { asker: Asker::NOBODY, principal: None, stage });
+        self.begin_work(open);
+        id
     }
 
     pub(super) fn perform(
@@ -125,15 +183,29 @@ impl Authority {
         Ok(())
     }
 
-    /// Work on a live open: it keeps the open from closing until it ends.
-    pub(super) fn perform_on(&mut self, asker: Asker, open: OpenId, work: Work, effects: &mut Vec<Effect>) {
-        match self.perform(asker, work, Stage::OnOpen(open), effects) {
-            Ok(()) => {
-                if let Some(open) = self.opens.get_mut(open) {
-                    open.works += 1;
-                }
-            }
-            Err(refused) => asker.refuse(refused, effects),
+    /// Work on a live open that changes nothing: it keeps the open from closing until it ends.
+    pub(super) fn perform_on(
+        &mut self,
+        asker: Asker,
+        open: OpenId,
+        work: Work,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Refusal> {
+        self.perform(asker, work, Stage::OnOpen(open), effects)?;
+        self.begin_work(open);
+        Ok(())
+    }
+
+    pub(super) fn begin_work(&mut self, open: OpenId) {
+        if let Some(open) = self.opens.get_mut(open) {
+            open.works += 1;
+        }
+    }
+
+    pub(super) fn end_work(&mut self, open: OpenId, effects: &mut Vec<Effect>) {
+        if let Some(record) = self.opens.get_mut(open) {
+            record.works = record.works.saturating_sub(1);
+            self.go_on(open, effects);
         }
     }
 
@@ -144,49 +216,121 @@ impl Authority {
         effects: &mut Vec<Effect>,
     ) {
         let Some(Operation { asker, principal, stage }) = self.operations.remove(id) else { return };
-        match stage {
-            Stage::Truncating(opening, file, identity) => {
-                self.truncated(*opening, file, identity, result, effects);
-                return;
+        let (reply, worked_on) = match stage {
+            Stage::Truncating(open, askers, fresh) => {
+                self.truncated(open, askers, &fresh, attributes_of(result), effects);
+                (None, Some(open))
             }
-            Stage::Replaying(open, fresh) => {
-                match result {
-                    Ok(Reply::Attributes(attributes)) => {
-                        self.answer_opened(asker, open, attributes, &fresh, effects);
-                    }
-                    Ok(_) => asker.refuse(refusal(Status::Internal, ""), effects),
+            Stage::Replaying(ReplayOf(open), fresh) => {
+                match attributes_of(result) {
+                    Ok(attributes) => self.answer_opened(asker, open, attributes, &fresh, effects),
                     Err(refused) => asker.refuse(refused, effects),
                 }
-                self.end_work(open, effects);
-                return;
+                (None, Some(open))
             }
             Stage::ChangingNames(claims) => {
-                for (file, access, share) in claims {
-                    self.shares.leave(file, access, share);
-                }
+                self.drop_claims(&claims);
+                (Some(result), None)
             }
-            Stage::Changing(file, (identity, access, share)) => {
-                self.shares.leave(identity, access, share);
+            Stage::Changing(file, claim) => {
+                self.drop_claims(&[claim]);
                 effects.push(Effect::CloseFile(file));
+                (Some(result), None)
             }
-            Stage::OnOpen(open) => self.end_work(open, effects),
-            Stage::Plain => {}
+            Stage::Altering(open) => {
+                self.altered(open, &result);
+                (Some(result), Some(open))
+            }
+            Stage::OnOpen(open) => (Some(result), Some(open)),
+            Stage::Removing(open) => {
+                if let Some(open) = self.opens.get_mut(open) {
+                    open.removal = super::table::Step::Done;
+                }
+                (None, Some(open))
+            }
+            Stage::Plain => (Some(result), None),
             // An answer that does not fit the question: the shell's bug. The operation goes on.
-            stage @ (Stage::Opening(_) | Stage::OpeningForChange(_) | Stage::Resolving(_)) => {
+            stage @ (Stage::Opening(_)
+            | Stage::OpeningForChange(..)
+            | Stage::Resolving(_)
+            | Stage::Baseline(_)
+            | Stage::Resuming(_)
+            | Stage::LateResume { .. }
+            | Stage::LastLook(_)) => {
                 self.operations.insert(id, Operation { asker, principal, stage });
                 return;
             }
+        };
+        match reply {
+            Some(Ok(reply)) => asker.answer(reply, effects),
+            Some(Err(refused)) => asker.refuse(refused, effects),
+            None => {}
         }
-        match result {
-            Ok(reply) => asker.answer(reply, effects),
-            Err(refused) => asker.refuse(refused, effects),
+        self.operation_over(id, effects);
+        if let Some(open) = worked_on {
+            self.end_work(open, effects);
         }
     }
 
-    fn end_work(&mut self, open: OpenId, effects: &mut Vec<Effect>) {
-        if let Some(record) = self.opens.get_mut(open) {
-            record.works = record.works.saturating_sub(1);
-            self.finish_close(open, effects);
+    /// An open's own change through control: what the file looks like now is its own doing.
+    fn altered(&mut self, open: OpenId, result: &Result<Reply, Refusal>) {
+        let Ok(Reply::Attributes(attributes)) = result else { return };
+        if let Some(open) = self.opens.get_mut(open).filter(|open| open.is_active()) {
+            open.evidence = evidence_of(attributes);
         }
+    }
+
+    fn drop_claims(&mut self, claims: &[Claim]) {
+        for (file, access, share) in claims {
+            self.shares.leave(*file, *access, *share);
+            self.changed.insert(*file);
+        }
+    }
+
+    pub(super) fn inspected(
+        &mut self,
+        id: OperationId,
+        result: Result<Option<Inspected>, Refusal>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(Operation { asker, principal, stage }) = self.operations.remove(id) else { return };
+        let open = match stage {
+            Stage::Baseline(open) => {
+                self.baseline_seen(open, result, effects);
+                open
+            }
+            Stage::Resuming(open) => {
+                self.resume_seen(open, id, result, effects);
+                open
+            }
+            Stage::LastLook(open) => {
+                self.last_look_seen(open, result);
+                open
+            }
+            Stage::LateResume { reason, evidence, journalled } => {
+                return self.late_resume_seen(asker, (reason, evidence, journalled), result, effects);
+            }
+            stage => return self.operations.insert(id, Operation { asker, principal, stage }),
+        };
+        self.end_work(open, effects);
+    }
+}
+
+/// The evidence that attributes hold.
+pub(super) fn evidence_of(attributes: &Attributes) -> Evidence {
+    let nanos = |time: crate::types::FileTime| {
+        time.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(time.nanos))
+    };
+    Evidence {
+        changed_ns: nanos(attributes.changed),
+        modified_ns: nanos(attributes.modified),
+        size: attributes.size,
+    }
+}
+
+fn attributes_of(result: Result<Reply, Refusal>) -> Result<Attributes, Refusal> {
+    match result? {
+        Reply::Attributes(attributes) => Ok(attributes),
+        _ => Err(refusal(Status::Internal, "")),
     }
 }

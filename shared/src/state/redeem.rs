@@ -3,7 +3,7 @@
 //! Order matters. First that the key is ours, names a live open, and was proven on this very channel: any
 //! failure there is [`Status::BadKey`], after the same work. Only somebody who has proven the key learns more.
 
-use super::table::{Binding, Life, Open};
+use super::table::{Binding, Open};
 use super::{Authority, Effect, Fresh};
 use crate::auth::{BindAnswer, BindSecret, BindTranscript, Secret};
 use crate::types::{Access, HandleId, OpenId, Status};
@@ -21,12 +21,16 @@ impl Authority {
         let (id, transcript) = self.prove(redeem).ok_or(Status::BadKey)?;
         let limit = self.limits.bindings_per_open;
         let open = self.opens.get(id).ok_or(Status::BadKey)?;
+        if open.journalled > self.journal.durable {
+            // What the bind relies on could still be lost; the client has not been answered either.
+            return Err(Status::Unavailable);
+        }
         if redeem.policy != open.policy {
             return Err(Status::Invalid);
         }
         // A channel moves bytes: the right to delete is exercised at control.
         let moves = Access::READ | Access::WRITE;
-        if redeem.access.is_empty() || !open.access.intersection(moves).contains(redeem.access) {
+        if redeem.access.is_empty() || !open.access().intersection(moves).contains(redeem.access) {
             return Err(Status::AccessDenied);
         }
         if open.bindings.len() >= limit {
@@ -40,8 +44,8 @@ impl Authority {
         };
         let answered = answer.digest(&transcript);
         let (proof, keys) = (open.secret.server_proof(&answered), open.secret.channel_keys(&answered));
-        let file = open.file;
-        let binding = Binding { epoch: answer.epoch, transcript, fencing: false };
+        let (file, rules, rules_version) = (open.file, open.rules.rules.clone(), open.rules.version);
+        let binding = Binding { handle: answer.handle, epoch: answer.epoch, transcript, fencing: false };
         let binding = self.opens.bind(id, binding).ok_or(Status::BadKey)?;
         let BindAnswer { handle, epoch, access, policy } = answer;
         let grant = Grant {
@@ -53,8 +57,8 @@ impl Authority {
             policy,
             proof,
             keys,
-            rules: Vec::new(),
-            rules_version: 0,
+            rules,
+            rules_version,
             transcript,
         };
         Ok((file, grant))
@@ -64,13 +68,12 @@ impl Authority {
     fn prove(&self, redeem: &Redeem) -> Option<(OpenId, [u8; 32])> {
         let key = self.keyring.open(&redeem.resume_key).ok();
         let open = key.and_then(|key| Some((key.open, self.opens.get(key.open)?)));
-        let open = open.filter(|(_, open)| {
-            matches!(open.life, Life::Active) && key.is_some_and(|key| key.volume == open.volume)
-        });
+        let open =
+            open.filter(|(_, open)| open.is_active() && key.is_some_and(|key| key.volume == open.volume()));
         // Without an open the same work is done over a secret that proves nothing, so that time tells nothing.
         let nothing = BindSecret::new(Secret::new([0; 32]));
         let (secret, challenge, volume) = match open {
-            Some((_, Open { secret, challenge, volume, .. })) => (secret, challenge, *volume),
+            Some((_, Open { secret, challenge, at, .. })) => (secret, challenge, at.volume),
             None => (&nothing, &redeem.client_challenge, crate::types::VolumeId::NONE),
         };
         let transcript = BindTranscript {

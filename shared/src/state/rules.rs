@@ -82,6 +82,18 @@ impl Volumes {
         Ok((rules, path))
     }
 
+    /// Refuses a principal that does not have this right on a volume any more.
+    pub(super) fn allow(&self, principal: &str, volume: VolumeId, right: Right) -> Result<(), Refusal> {
+        let name = self.0.values().find(|rules| rules.id == volume).map(|rules| rules.name.clone());
+        let name = name.ok_or_else(|| refusal(Status::AccessDenied, "the volume is not served any more"))?;
+        self.admit(principal, &name, right).map(drop)
+    }
+
+    /// What locks mean on a volume.
+    pub(super) fn lock_mode(&self, volume: VolumeId) -> LockMode {
+        self.0.values().find(|rules| rules.id == volume).map(|rules| rules.lock_mode).unwrap_or_default()
+    }
+
     /// True if `principal` may write on the volume.
     pub(super) fn may_write(&self, principal: &str, volume: VolumeId) -> bool {
         let rules = self.0.values().find(|rules| rules.id == volume);

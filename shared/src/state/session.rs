@@ -2,9 +2,10 @@
 
 use super::operation::Stage;
 use super::rules::Right;
+use super::table::Ending;
 use super::{Asker, Authority, Effect, Fresh, SessionBegan, Subject, Work, refusal};
 use crate::auth::SessionKey;
-use crate::types::{OpenId, ProcessId, SessionId, Status, Timestamp};
+use crate::types::{OpenId, ProcessId, SessionId, Status};
 use crate::wire::control::{self, Place, Refusal, Reply, Request, Target, Welcome};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,6 +20,10 @@ pub(super) struct Session {
     pub(super) opens: BTreeSet<OpenId>,
     /// Opens being made: they count against the limit.
     pub(super) opening: usize,
+    /// Opens being resumed into it: they count too.
+    pub(super) resuming: BTreeSet<OpenId>,
+    /// It ends: who waits to hear of it.
+    pub(super) logoff: Option<Asker>,
 }
 
 /// What one principal has, over all its sessions.
@@ -84,6 +89,8 @@ impl Authority {
             process: began.process,
             opens: BTreeSet::new(),
             opening: 0,
+            resuming: BTreeSet::new(),
+            logoff: None,
         };
         self.sessions.by_id.insert(began.session, session);
         let welcome = Welcome {
@@ -95,19 +102,66 @@ impl Authority {
         asker.answer(Reply::Welcome(welcome), effects);
     }
 
-    /// The session's opens are closed, after their bindings are fenced. Operations under way come to
-    /// their end; what they would have given to the session is undone.
-    pub(super) fn lose_session(&mut self, now: Timestamp, id: SessionId, effects: &mut Vec<Effect>) {
+    /// The session's connection is gone: its opens are detached, or closed if nothing is to be held. Operations under way
+    /// come to their end; what they would have given to the session is undone.
+    pub(super) fn lose_session(&mut self, id: SessionId, effects: &mut Vec<Effect>) {
         let Some(session) = self.sessions.by_id.remove(&id) else { return };
         self.sessions.count(&session.principal, |share| share.sessions -= 1);
-        for open in session.opens {
-            self.close(now, open, None, Status::SessionGone, effects);
+        self.lose_opens(session.opens, effects);
+        for open in session.resuming {
+            self.abort_resume(open, None, effects);
+        }
+        self.drop_contenders(effects);
+    }
+
+    /// The session ends by its client's wish: nothing is held for it. It is answered when all is closed.
+    fn logoff(&mut self, asker: Asker, effects: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get_mut(asker.session) else { return };
+        session.logoff = Some(asker);
+        let (opens, resuming) = (session.opens.clone(), session.resuming.clone());
+        for open in resuming {
+            self.abort_resume(open, Some(refusal(Status::SessionGone, "")), effects);
+        }
+        for open in opens {
+            self.end(open, None, Ending::Closed, Status::Closed, effects);
+        }
+        self.drop_contenders(effects);
+        self.finish_logoff(asker.session, effects);
+    }
+
+    pub(super) fn finish_logoff(&mut self, id: SessionId, effects: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get(id) else { return };
+        let Some(asker) = session.logoff.filter(|_| session.opens.is_empty() && session.opening == 0) else {
+            return;
+        };
+        self.defer_all(asker.effect(Reply::Done), effects);
+        self.defer_all(Effect::Disconnect(id), effects);
+        self.lose_session(id, effects);
+    }
+
+    /// True if somebody is there to be answered, and to own an open.
+    pub(super) fn is_there(&self, asker: Asker) -> bool {
+        self.sessions.get(asker.session).is_some_and(|session| session.logoff.is_none())
+    }
+
+    /// A request that had to wait is asked again.
+    pub(super) fn request_again(&mut self, asker: Asker, request: Request, effects: &mut Vec<Effect>) {
+        if !self.is_there(asker) {
+            return;
+        }
+        let done = match request {
+            Request::SetAttributes(set) => self.set_attributes(asker, set, effects),
+            Request::Remove(place) => self.remove(asker, &place, effects),
+            Request::Rename(rename) => self.rename(asker, &rename, effects),
+            _ => Err(refusal(Status::Internal, "")),
+        };
+        if let Err(refused) = done {
+            asker.refuse(refused, effects);
         }
     }
 
     pub(super) fn request(
         &mut self,
-        now: Timestamp,
         asker: Asker,
         request: Request,
         fresh: Fresh,
@@ -115,6 +169,9 @@ impl Authority {
     ) {
         let Some(session) = self.sessions.get(asker.session) else { return };
         let principal = session.principal.clone();
+        if session.logoff.is_some() {
+            return asker.refuse(refusal(Status::SessionGone, ""), effects);
+        }
         let done = match request {
             Request::Hello(_) => Err(refusal(Status::Protocol, "hello was said already")),
             Request::Ping => {
@@ -125,15 +182,16 @@ impl Authority {
                 asker.answer(Reply::Volumes(self.volumes.seen_by(&principal)), effects);
                 Ok(())
             }
-            Request::Open(open) => self.open(now, asker, open, fresh, effects),
+            Request::Open(open) => self.open(asker, open, fresh, effects),
             Request::QueryKey(open) => self.query_key(asker, open, &fresh, effects),
             // Also when it is closing already: then the answer comes with the other one's.
             Request::Close(open) => self.owned(asker, open).map(drop).map(|()| {
-                self.close(now, open, Some(asker), Status::Closed, effects);
+                self.end(open, Some(asker), Ending::Closed, Status::Closed, effects);
             }),
-            Request::GetAttributes(Target::Open(open)) => self.own(asker, open).map(|file| {
-                self.perform_on(asker, open, Work::Attributes(Subject::File(file)), effects);
-            }),
+            Request::GetAttributes(Target::Open(id)) => self
+                .own(asker, id)
+                .map(|open| Work::Attributes(Subject::File(open.file)))
+                .and_then(|work| self.perform_on(asker, id, work, effects)),
             Request::SetAttributes(set) => self.set_attributes(asker, set, effects),
             Request::Remove(place) => self.remove(asker, &place, effects),
             Request::Rename(rename) => self.rename(asker, &rename, effects),
@@ -156,11 +214,14 @@ impl Authority {
             Request::MakeSymlink(make) => self.work_at(asker, &make.place, Right::ReadWrite, effects, |at| {
                 Work::MakeSymlink(at, make.text)
             }),
-            Request::Resume(_)
-            | Request::Lock(_)
-            | Request::Unlock(_)
-            | Request::CancelLock(_)
-            | Request::Logoff => Err(refusal(Status::Unsupported, "")),
+            Request::Resume(resume) => self.resume(asker, &resume, fresh, effects),
+            Request::Lock(lock) => self.lock(asker, lock, effects),
+            Request::Unlock(unlock) => self.unlock(asker, unlock, effects),
+            Request::CancelLock(cancel) => self.cancel_lock(asker, cancel, effects),
+            Request::Logoff => {
+                self.logoff(asker, effects);
+                Ok(())
+            }
             Request::ReadSymlink(place) => {
                 self.work_at(asker, &place, Right::Read, effects, Work::ReadSymlink)
             }

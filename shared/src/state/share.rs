@@ -67,6 +67,11 @@ impl ShareTable {
         }
     }
 
+    /// True if there is any claim on a file.
+    pub(super) fn is_claimed(&self, file: FileIdentity) -> bool {
+        self.0.contains_key(&file)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }

@@ -1,6 +1,8 @@
 //! What the operator sees.
 
 use super::Authority;
+use super::life::left_ms;
+use super::table::{Life, Open};
 use crate::types::{
     Access, HandleId, HoldClass, LockItem, OpenId, ProcessId, SessionId, ShareMode, Timestamp, VolumeId,
 };
@@ -89,18 +91,52 @@ pub struct SessionView {
 impl Authority {
     /// Opens in the order of their ids, behind `after`, at most `max`. `now` tells what is left of hold times.
     pub fn list_opens(&self, now: Timestamp, after: Option<OpenId>, max: usize) -> Vec<OpenView> {
-        let _ = (now, after, max);
-        Vec::new()
+        self.opens.after(after).take(max).map(|(id, open)| self.view(now, *id, open)).collect()
+    }
+
+    fn view(&self, now: Timestamp, id: OpenId, open: &Open) -> OpenView {
+        let (state, hold_left_ms) = match &open.life {
+            Life::Active => (OpenState::Active, None),
+            Life::Closing { .. } => (OpenState::Closing, None),
+            Life::Detached { .. } if open.is_expired(now) => (OpenState::Expired, Some(0)),
+            Life::Detached { deadline, .. } => (OpenState::Detached, Some(left_ms(now, *deadline))),
+        };
+        let bindings = open.bindings.iter().map(|(number, binding)| BindingView {
+            binding: *number,
+            handle: binding.handle,
+            epoch: binding.epoch,
+            fencing: binding.fencing,
+        });
+        OpenView {
+            open: id,
+            principal: open.principal.as_ref().to_owned(),
+            process: open.process,
+            volume: open.volume(),
+            volume_name: open.request.place.volume.clone(),
+            path: open.at.path.as_str().to_owned(),
+            access: open.access(),
+            share: open.share(),
+            state,
+            session: open.session,
+            hold_ms: open.hold_ms,
+            hold_left_ms,
+            class: open.class(),
+            bindings: bindings.collect(),
+            locks: self.locks.locks_of(open.identity, id),
+            epoch: open.epoch,
+            opened_ms: open.opened_ms,
+            marked: open.marked,
+        }
     }
 
     /// All sessions, in the order of their ids.
     pub fn list_sessions(&self) -> Vec<SessionView> {
-        Vec::new()
-    }
-
-    /// When dataplane last changed any file before control and dataplane both died: nanoseconds since 1970; 0 if that is
-    /// not known. To be told before [`Input::Reopened`](super::Input::Reopened).
-    pub fn set_last_write(&mut self, ns: u64) {
-        let _ = ns;
+        let sessions = self.sessions.iter().map(|(id, session)| SessionView {
+            session: *id,
+            principal: session.principal.as_ref().to_owned(),
+            process: session.process,
+            opens: session.opens.len(),
+        });
+        sessions.collect()
     }
 }

@@ -60,6 +60,11 @@ impl VolumePath {
         &self.0
     }
 
+    /// The volume's root.
+    pub const fn root() -> Self {
+        Self(String::new())
+    }
+
     /// True for the volume's root.
     pub fn is_root(&self) -> bool {
         self.0.is_empty()

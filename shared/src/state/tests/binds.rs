@@ -2,7 +2,7 @@
 
 use super::world::*;
 use crate::auth::{BindAnswer, MacPolicy};
-use crate::state::{Effect, Input, Limits, Work};
+use crate::state::{Effect, Input, Limits};
 use crate::types::{Access, ShareMode, Status};
 use crate::wire::control::{Opened, Rename, Reply, Request, SetAttributes, Target};
 use crate::wire::link::{Fence, Redeem};
@@ -10,7 +10,7 @@ use crate::wire::link::{Fence, Redeem};
 fn bound() -> (World, Opened) {
     let mut world = World::new();
     let session = world.begin(1, "u1");
-    world.give(Input::LinkUp { service_blob: b"blob".to_vec() });
+    world.give(Input::LinkUp { service_blob: b"blob".to_vec(), held: Vec::new() });
     let held = world.open(session, open(1, RW, ShareMode::ALL), 5);
     assert_eq!(held.key.service_blob, b"blob");
     (world, held)
@@ -150,7 +150,7 @@ fn opn_08_a_closed_link_ends_no_binding_until_dataplane_registers_or_dies() {
         // What is opened meanwhile cannot be bound.
         let later = world.open(session, open(4, RW, ShareMode::ALL), 7);
         assert!(later.key.service_blob.is_empty());
-        let up = Input::LinkUp { service_blob: b"next".to_vec() };
+        let up = Input::LinkUp { service_blob: b"next".to_vec(), held: Vec::new() };
         assert!(closes(&world.give(if dies { Input::LinkLost } else { up })));
         let counts = world.authority.counts();
         assert_eq!((counts.opens, counts.bindings, counts.fences), (2, 0, 0));
@@ -186,7 +186,7 @@ fn nothing_is_granted_while_an_earlier_controls_dataplane_may_live() {
                 other => panic!("not refused: {other:?}"),
             }
         }
-        let up = Input::LinkUp { service_blob: Vec::new() };
+        let up = Input::LinkUp { service_blob: Vec::new(), held: Vec::new() };
         world.give(if dies { Input::LinkLost } else { up });
         world.open(session, open(1, RW, ShareMode::ALL), 5);
     }
@@ -202,32 +202,28 @@ fn opn_06_a_replay_elsewhere_ends_the_earlier_session_and_fences_first() {
     let old = world.bind(&session_key(1), &held, 1);
     let later = world.begin(2, "u1");
     let effects = world.ask(later, Request::Open(open(1, RW, ShareMode::ALL)));
-    assert!(matches!(effects[0], Effect::Disconnect(session) if session == before), "{effects:?}");
-    assert!(!effects.iter().any(|e| matches!(e, Effect::Perform { .. } | Effect::Reply { .. })));
+    assert!(effects.iter().any(|e| matches!(e, Effect::Disconnect(session) if *session == before)));
+    assert!(!effects.iter().any(|e| matches!(e, Effect::Inspect { .. } | Effect::Reply { .. })));
     let asked = fences(&effects);
     assert_eq!(asked.len(), 1);
-    assert_eq!((asked[0].binding, asked[0].reason), (old, Status::SessionGone));
+    assert_eq!((asked[0].binding, asked[0].reason), (old, Status::Superseded));
     let counts = world.authority.counts();
     assert_eq!((counts.sessions, counts.opens), (1, 1), "the earlier session's other open is closed");
     // The earlier session asks no more; its secret binds nothing.
     assert!(world.ask(before, close(held.open)).is_empty());
     assert_eq!(world.redeem(right(&session_key(1), &held, 2, RW)).err(), Some(Status::BadKey));
     let effects = world.confirm(asked[0]);
-    let [Effect::Perform { operation, work: Work::Attributes(_) }] = effects[..] else {
-        panic!("{effects:?}")
-    };
-    let again = opened(&world.performed(operation, 5));
+    assert!(matches!(effects[..], [Effect::Inspect { .. }]), "{effects:?}");
+    let again = opened(&world.look(effects, 5));
     assert_eq!(again.open, held.open);
     let grant = world.redeem(right(&session_key(2), &again, 1, RW)).unwrap();
     assert!(grant.epoch > asked[0].epoch);
-    // A replay that waits when its own session goes holds nothing up.
+    // A replay that waits when its own session goes holds nothing up; and this open is not to be held.
     let third = world.begin(3, "u1");
     let asked = fences(&world.ask(third, Request::Open(open(1, RW, ShareMode::ALL))));
     world.give(Input::SessionLost(third));
     let effects = world.confirm(asked[0]);
-    let [Effect::Perform { operation, .. }] = effects[..] else { panic!("{effects:?}") };
-    let effects = world.performed(operation, 5);
-    assert_eq!(refusal(&effects), Status::Closed);
+    assert!(matches!(effects[..], [Effect::CloseFile(_)]), "{effects:?}");
     assert_eq!(world.authority.counts(), Default::default());
 }
 
@@ -244,7 +240,7 @@ fn a_lost_link_ends_its_bindings_and_no_open() {
     let counts = world.authority.counts();
     assert_eq!((counts.opens, counts.bindings, counts.fences), (1, 0, 0));
     // The next dataplane binds anew; what the old one might still say means nothing.
-    world.give(Input::LinkUp { service_blob: Vec::new() });
+    world.give(Input::LinkUp { service_blob: Vec::new(), held: Vec::new() });
     let second = world.bind(&session_key(1), &held, 1);
     assert_ne!(first, second);
     world.give(Input::Released(first));

@@ -3,4 +3,5 @@
 mod binds;
 mod model;
 mod opens;
+mod resumes;
 mod world;

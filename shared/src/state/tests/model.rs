@@ -84,7 +84,7 @@ impl Model {
         for n in 1..4 {
             world.begin(n, "u1");
         }
-        world.give(Input::LinkUp { service_blob: Vec::new() });
+        world.give(Input::LinkUp { service_blob: Vec::new(), held: Vec::new() });
         Self { world, alive: [true; 4], opens: Vec::new(), fences: Vec::new(), creates: 0, nonces: 0 }
     }
 
@@ -197,7 +197,7 @@ impl Model {
                     open.bindings.clear();
                 }
                 self.fences.clear();
-                let up = Input::LinkUp { service_blob: Vec::new() };
+                let up = Input::LinkUp { service_blob: Vec::new(), held: Vec::new() };
                 let effects = self.world.give(if dies { Input::LinkLost } else { up });
                 self.ends(&effects);
             }

@@ -1,17 +1,23 @@
 //! The authority with a shell of paper: file system and dataplane are what the test says.
 
 use crate::auth::{BindTranscript, ChannelIdentity, Keyring, MacPolicy, Secret, SessionKey};
-use crate::state::rules::{Right, VolumeRules};
+use crate::journal::record::Record;
+use crate::state::rules::{LockMode, Right, VolumeRules};
 use crate::state::{
-    Authority, Effect, FileIdentity, FileOpened, Fresh, Input, Limits, OperationId, SessionBegan, Work,
+    Authority, Effect, FileIdentity, FileOpened, Fresh, Input, Inspected, Limits, OperationId, SessionBegan,
+    Work,
 };
 use crate::types::{
-    Access, ClusterId, CreateId, Disposition, FileTime, OpenId, ProcessId, SessionId, ShareMode, Status,
-    Timestamp, VolumeId,
+    Access, ClusterId, CreateId, Disposition, Evidence, FileTime, HoldClass, LockItem, LockKind, LockRange,
+    OpenId, ProcessId, SessionId, ShareMode, Status, Timestamp, VolumeId,
 };
-use crate::wire::control::{Attributes, FileKind, Open, Opened, Place, Reply, Request};
+use crate::wire::control::{
+    Attributes, FileKind, Lock, Open, Opened, Place, Reply, Request, Resume, Resumed, Unlock,
+};
 use crate::wire::link::{Fence, Grant, LinkBinding, Redeem};
 use crate::wire::service::TransportKind;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 pub(super) const RW: Access = Access::READ.union(Access::WRITE);
 
@@ -19,13 +25,29 @@ pub(super) struct World {
     pub(super) authority: Authority,
     pub(super) now: Timestamp,
     pub(super) effects: Vec<Effect>,
+    /// What the journal has.
+    pub(super) journal: Vec<Record>,
+    /// The disk is slow: records become durable when the test says so.
+    pub(super) holds_journal: bool,
+    /// How long files are.
+    pub(super) size: u64,
+    /// How files look; those that nobody changed look like nothing.
+    pub(super) evidence: BTreeMap<u64, Evidence>,
     random: u64,
     pub(super) last_request: u64,
 }
 
 pub(super) fn volume(name: &str, id: u8, grants: &[(&str, Right)]) -> VolumeRules {
     let grants = grants.iter().map(|(principal, right)| ((*principal).to_owned(), *right)).collect();
-    VolumeRules { id: VolumeId([id; 16]), name: name.into(), policy: MacPolicy::Header, grants }
+    VolumeRules {
+        id: VolumeId([id; 16]),
+        name: name.into(),
+        policy: MacPolicy::Header,
+        grants,
+        lock_mode: LockMode::Mandatory,
+        hold_default_ms: 60_000,
+        hold_max_ms: 600_000,
+    }
 }
 
 pub(super) fn identity(inode: u64) -> FileIdentity {
@@ -61,7 +83,11 @@ pub(super) fn open(create: u8, access: Access, share: ShareMode) -> Open {
         share,
         disposition: Disposition::Open,
         mode: 0,
-        hold_ms: None,
+        hold_ms: Some(0),
+        class: HoldClass::Hold,
+        wait_ms: None,
+        delete_on_close: false,
+        process: None,
     }
 }
 
@@ -84,6 +110,10 @@ impl World {
             authority: Authority::new(limits, volumes, keyring),
             now: Timestamp::default(),
             effects: Vec::new(),
+            journal: Vec::new(),
+            holds_journal: false,
+            size: 0,
+            evidence: BTreeMap::new(),
             random: 0,
             last_request: 0,
         }
@@ -96,14 +126,96 @@ impl World {
         let mut challenge = [0x55; 32];
         challenge[..8].copy_from_slice(&self.random.to_le_bytes());
         let nonce = [0; 12];
-        Box::new(Fresh { open, handle: open, challenge, nonce, wall_ms: 1 })
+        Box::new(Fresh { open, handle: open, challenge, nonce, secret_nonce: nonce, wall_ms: 1 })
     }
 
     pub(super) fn give(&mut self, input: Input) -> Vec<Effect> {
         let mut effects = std::mem::take(&mut self.effects);
         self.authority.handle(self.now, input, &mut effects);
         self.authority.check_invariants();
+        self.write(effects)
+    }
+
+    /// Lets time pass, and everything be done that is due.
+    pub(super) fn pass(&mut self, wait: Duration) -> Vec<Effect> {
+        self.now = self.now.saturating_add(wait);
+        let mut effects = Vec::new();
+        while self.authority.poll_timeout().is_some_and(|due| due <= self.now) {
+            self.authority.handle_timeout(self.now, &mut effects);
+            self.authority.check_invariants();
+        }
+        self.write(effects)
+    }
+
+    /// Appends to the journal what is to be there, and says so unless the disk is slow.
+    fn write(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
+        let (persist, mut effects): (Vec<Effect>, Vec<Effect>) =
+            effects.into_iter().partition(|effect| matches!(effect, Effect::Persist { .. }));
+        for effect in persist {
+            let Effect::Persist { sequence, record, .. } = effect else { continue };
+            assert_eq!(sequence, self.journal.len() as u64 + 1, "one after another");
+            self.journal.push(*record);
+        }
+        if !self.holds_journal {
+            effects.extend(self.sync());
+        }
         effects
+    }
+
+    /// All that was written is durable.
+    pub(super) fn sync(&mut self) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let durable = self.journal.len() as u64;
+        self.authority.handle(self.now, Input::Persisted(durable), &mut effects);
+        self.authority.check_invariants();
+        effects
+    }
+
+    pub(super) fn opened(&self, inode: u64, created: bool) -> FileOpened {
+        FileOpened {
+            identity: identity(inode),
+            attributes: Attributes { size: self.size, ..attributes(inode) },
+            created,
+            file_handle: vec![1, 2, 3],
+            evidence: self.evidence_of(inode),
+        }
+    }
+
+    pub(super) fn evidence_of(&self, inode: u64) -> Evidence {
+        self.evidence.get(&inode).copied().unwrap_or_default()
+    }
+
+    /// Somebody changes a file.
+    pub(super) fn touch(&mut self, inode: u64) {
+        let evidence = self.evidence.entry(inode).or_default();
+        evidence.changed_ns += 1;
+    }
+
+    /// Answers what is asked about files, as they are, until nothing more is asked; the other effects.
+    pub(super) fn look(&mut self, effects: Vec<Effect>, inode: u64) -> Vec<Effect> {
+        let mut others = Vec::new();
+        let mut left = VecDeque::from(effects);
+        while let Some(effect) = left.pop_front() {
+            if let Effect::Inspect { operation, .. } | Effect::InspectLost { operation, .. } = effect {
+                let evidence = self.evidence_of(inode);
+                let seen = Inspected { attributes: attributes(inode), evidence };
+                left.extend(self.give(Input::Inspected { operation, result: Ok(Some(seen)) }));
+            } else {
+                others.push(effect);
+            }
+        }
+        others
+    }
+
+    /// A session is lost, and what is to be looked at is looked at.
+    pub(super) fn lose(&mut self, session: SessionId, inode: u64) -> Vec<Effect> {
+        let effects = self.give(Input::SessionLost(session));
+        self.look(effects, inode)
+    }
+
+    pub(super) fn resume(&mut self, session: SessionId, opened: &Opened, inode: u64) -> Vec<Effect> {
+        let effects = self.ask(session, resume(opened, None));
+        self.look(effects, inode)
     }
 
     /// Session number `n` of a principal; its key is `session_key(n)`.
@@ -139,7 +251,7 @@ impl World {
     }
 
     pub(super) fn found(&mut self, operation: OperationId, inode: u64, created: bool) -> Vec<Effect> {
-        let opened = FileOpened { identity: identity(inode), attributes: attributes(inode), created };
+        let opened = self.opened(inode, created);
         let mut effects = self.give(Input::FileOpened { operation, result: Ok(opened) });
         if let [Effect::Perform { operation, work: Work::SetAttributes(..) }] = &effects[..] {
             effects = self.performed(*operation, inode);
@@ -239,6 +351,41 @@ pub(super) fn fences(effects: &[Effect]) -> Vec<Fence> {
 /// True if the effects end in closing the file and then telling that the open is closed.
 pub(super) fn closes(effects: &[Effect]) -> bool {
     matches!(effects, [Effect::CloseFile(_), Effect::Reply { reply: Reply::Done, .. }])
+}
+
+pub(super) fn resume(opened: &Opened, supersede: Option<SessionId>) -> Request {
+    let resume_key = opened.key.resume_key.clone();
+    Request::Resume(Resume { resume_key, supersede, keep: Vec::new() })
+}
+
+/// An open that is held.
+pub(super) fn held(create: u8, access: Access, share: ShareMode, hold_ms: u64) -> Open {
+    Open { hold_ms: Some(hold_ms), ..open(create, access, share) }
+}
+
+/// An exclusive lock.
+pub(super) fn lock(open: OpenId, sequence: u64, offset: u64, length: u64) -> Request {
+    let range = LockRange::new(offset, length).unwrap();
+    let locks = vec![LockItem { range, kind: LockKind::Exclusive }];
+    Request::Lock(Lock { open, sequence, owner: 0, locks, wait_ms: None })
+}
+
+pub(super) fn unlock(open: OpenId, sequence: u64, offset: u64, length: u64) -> Request {
+    let ranges = vec![LockRange::new(offset, length).unwrap()];
+    Request::Unlock(Unlock { open, sequence, owner: 0, ranges })
+}
+
+/// True if the effects are that something is done, and nothing else.
+pub(super) fn done(effects: &[Effect]) -> bool {
+    matches!(effects, [Effect::Reply { reply: Reply::Done, .. }])
+}
+
+/// The one answer to a resume.
+pub(super) fn resumed(effects: &[Effect]) -> Resumed {
+    match effects {
+        [Effect::Reply { reply: Reply::Resumed(resumed), .. }] => resumed.clone(),
+        other => panic!("not resumed: {other:?}"),
+    }
 }
 
 pub(super) fn close(open: OpenId) -> Request {
