@@ -13,6 +13,7 @@
 //! ends afterwards is told as always (the contract is in [`holdfast_shared::wire::link`]).
 
 mod packet;
+mod queue;
 
 use crate::engine::{ControlPort, Engine, HeldBinding, Redemption, Ticket};
 use crate::last_write::last_write_path;
@@ -22,6 +23,7 @@ use holdfast_shared::wire::link::{
     Fence, Gauges, LinkBinding, Redeem, RedeemResult, Register, Restricted, ToControl, ToDataplane, VERSION,
 };
 use packet::{Packet, timespec};
+use queue::{Outgoing, sort_out};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 use rustix::fs::FlockOperation;
 use std::collections::{HashMap, HashSet};
@@ -43,13 +45,6 @@ const PAUSE_MAX: Duration = Duration::from_millis(250);
 const REGISTER_DEADLINE: Duration = Duration::from_secs(30);
 /// Time control may take to make room for one packet.
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
-
-enum Outgoing {
-    Redeem(Ticket, Redeem),
-    Fenced(Fence),
-    Released(LinkBinding),
-    Restricted(Restricted),
-}
 
 /// The workers' end: a queue.
 pub struct LinkPort {
@@ -230,19 +225,7 @@ impl<F: FnOnce()> Link<'_, F> {
         }
         let held = snapshot.into_bindings();
         let names: HashSet<LinkBinding> = held.iter().map(|binding| binding.held.binding).collect();
-        let (mut untold, mut tickets) = (Vec::new(), Vec::new());
-        while let Some(message) = self.port.queue.pop() {
-            match message {
-                Outgoing::Redeem(ticket, _) => tickets.push(ticket),
-                Outgoing::Fenced(Fence { binding, .. }) | Outgoing::Released(binding)
-                    if names.contains(&binding) =>
-                {
-                    untold.push(message);
-                }
-                // Gone before its worker was asked: it is not among those told. A restriction was an earlier control's.
-                Outgoing::Fenced(_) | Outgoing::Released(_) | Outgoing::Restricted(_) => {}
-            }
-        }
+        let (untold, tickets) = sort_out(&self.port.queue, &names);
         self.refuse(tickets);
         Ok((held, untold))
     }
