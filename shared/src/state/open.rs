@@ -354,6 +354,10 @@ impl Authority {
         self.create_ids.0.insert(create_key, Created::Open(id));
         self.shares.enter(identity, access, share);
         self.opens.insert(id, open);
+        if self.ruled.contains(&identity) {
+            // It comes under the locks that are there already.
+            self.changed.insert(identity);
+        }
         if truncates || access.contains(Access::WRITE) {
             self.mark_others(identity, Some(id), effects);
         }
