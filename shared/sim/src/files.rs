@@ -190,8 +190,9 @@ impl Files {
     }
 
     pub(crate) fn resize(&mut self, now: u64, node: Node, by: Actor, size: u64) -> bool {
-        self.change(now, node, by, |content, _| {
-            content.blocks.retain(|block, _| block * BLOCK < size);
+        self.change(now, node, by, |content, number| {
+            let cut = size.div_ceil(BLOCK)..BLOCKS;
+            content.blocks.extend(cut.map(|block| (block, (0, number))));
             content.evidence.size = size;
         })
     }

@@ -3,6 +3,7 @@
 use crate::oracle::MS;
 use crate::setting::Setting;
 use crate::world::World;
+use holdfast_shared::state::Counts;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Why a run ended badly.
@@ -134,8 +135,10 @@ pub(crate) fn settle(world: &mut World) -> Result<(), String> {
     let patience = world.now + 60_000 * MS;
     loop {
         let counts = world.counts();
-        let baseline = holdfast_shared::state::Counts::default();
-        let quiet = counts.is_some_and(|counts| is_empty(&counts, &baseline));
+        // Tombstones stay for those who come late.
+        let baseline =
+            Counts { tombstones: counts.map_or(0, |counts| counts.tombstones), ..Counts::default() };
+        let quiet = counts == Some(baseline);
         if quiet && world.plane.as_ref().is_some_and(|plane| plane.bindings.is_empty()) {
             return broken(world);
         }
@@ -149,8 +152,4 @@ pub(crate) fn settle(world: &mut World) -> Result<(), String> {
             return Err(format!("something is left at the end: {counts:?}"));
         }
     }
-}
-
-fn is_empty(counts: &holdfast_shared::state::Counts, baseline: &holdfast_shared::state::Counts) -> bool {
-    counts == baseline
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 /// Lines that are kept.
-const LINES: usize = 120;
+const LINES: usize = 4000;
 
 #[derive(Debug, Default)]
 pub(crate) struct Trace {

@@ -513,6 +513,17 @@ impl World {
 impl Client {
     /// What is not finished, in words.
     pub(crate) fn left(&self) -> String {
-        format!("client {} awaits {:?}, has {:?}", self.number, self.pending, self.opens)
+        let opens = self.opens.iter().map(|open| {
+            let told = open.told.as_ref().map(|told| told.open);
+            format!(
+                "{told:?} {:?}, change {:?}, {} channels, unflushed {:?}",
+                open.stands,
+                open.change,
+                open.bound.len(),
+                open.unflushed
+            )
+        });
+        let opens: Vec<String> = opens.collect();
+        format!("client {} (gone: {}) awaits {:?}, has {opens:?}", self.number, self.gone, self.pending)
     }
 }

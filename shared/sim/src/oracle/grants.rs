@@ -10,6 +10,7 @@ impl Oracle {
     pub(super) fn opened(&mut self, sight: &Sight<'_>, session: SessionId, opened: &Opened) {
         let open = opened.open;
         self.keys.insert(opened.key.resume_key.clone(), open);
+        let leaving = self.leaving.contains(&session);
         let Some(fact) = self.facts.get_mut(&open) else {
             return self.fail(|| format!("{open} is told, and no record of it was made"));
         };
@@ -21,7 +22,10 @@ impl Oracle {
         fact.told = true;
         fact.hold_ms = opened.hold_ms;
         fact.class = opened.class;
-        let moved = again && (fact.session != Some(session) || fact.detached.is_some());
+        // The request may be repeated in a later session before it is answered: then both hear of the same open.
+        let twin = again && fact.told_at == sight.now && fact.bindings.is_empty();
+        let moved = again && !twin && (fact.session != Some(session) || fact.detached.is_some());
+        fact.told_at = sight.now;
         if moved && opened.epoch <= fact.epoch {
             let fact = fact.clone();
             return self.fail(|| format!("{open} moved to another session in its old epoch: {fact:?}"));
@@ -29,7 +33,7 @@ impl Oracle {
         fact.epoch = opened.epoch;
         fact.session = Some(session);
         fact.detached = None;
-        fact.closing = false;
+        fact.closing = leaving;
         if moved {
             fact.bury_bindings("the open moved to a later session", &[]);
             self.no_bindings(sight, open, &[], "its open request was repeated elsewhere");

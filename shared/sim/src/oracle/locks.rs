@@ -34,7 +34,10 @@ impl Oracle {
         for other in in_the_way {
             self.give_away(sight, other, lock.open, "a lock that conflicts with one of its own is told");
         }
-        self.quiet_under(sight, lock);
+        // A lock that is told while its open is being closed is over already.
+        if self.facts.get(&lock.open).is_some_and(|fact| !fact.closing) {
+            self.quiet_under(sight, lock);
+        }
     }
 
     /// When a lock is told, nothing that it forbids is in flight.
@@ -62,7 +65,7 @@ impl Oracle {
         }
     }
 
-    pub(super) fn unlocked(&mut self, sight: &Sight<'_>, unlock: &Unlock) {
+    pub(super) fn unlocked(&mut self, unlock: &Unlock) {
         let Some(fact) = self.facts.get_mut(&unlock.open) else { return };
         if !fact.executed.insert(unlock.sequence) {
             return;
@@ -79,10 +82,6 @@ impl Oracle {
                 None => true,
             }
         });
-        let Some(plane) = sight.plane else { return };
-        // The open's own I/O under the lock has ended, or it was begun after the unlock was asked for; the world begins
-        // none in between.
-        let _ = plane;
     }
 
     /// I/O that lands is not forbidden by a lock that was told.

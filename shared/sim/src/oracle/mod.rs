@@ -67,6 +67,7 @@ pub(super) struct Fact {
     pub(super) class: HoldClass,
     /// A reply has told of it.
     pub(super) told: bool,
+    pub(super) told_at: u64,
     pub(super) session: Option<SessionId>,
     /// When it was detached; at the latest.
     pub(super) detached: Option<u64>,
@@ -142,6 +143,10 @@ pub(crate) struct Oracle {
     keys: BTreeMap<Vec<u8>, OpenId>,
     forced: BTreeSet<OpenId>,
     lost: BTreeSet<OpenId>,
+    /// Sessions that have asked to end.
+    leaving: BTreeSet<SessionId>,
+    /// Control has died, and nobody is let in yet.
+    recovering: bool,
     /// Of the records of this life of control: those not known to be durable.
     volatile: BTreeMap<u64, Volatile>,
     /// The control that lives has restarted with what the journal told; no open untouched by a crash is told changed.
@@ -198,7 +203,7 @@ impl Oracle {
     }
 
     fn detach(&mut self, sight: &Sight<'_>, open: OpenId) {
-        let writers = self.other_writers(open);
+        let (writers, recovering) = (self.other_writers(open), self.recovering);
         let Some(fact) = self.facts.get_mut(&open) else { return };
         if fact.detached.is_some() {
             return;
@@ -207,7 +212,7 @@ impl Oracle {
         fact.closing |= fact.hold_ms == 0;
         let server = fact.node.map_or(0, |node| sight.files.changes(node));
         fact.window = Window { server, outside: None };
-        fact.untouched = !writers;
+        fact.untouched = !writers && !recovering;
     }
 
     /// True if another open of the file may write.
@@ -244,6 +249,7 @@ impl Oracle {
                 }
             }
             Request::Logoff => {
+                self.leaving.insert(session);
                 for (_, fact) in self.session_facts(session).filter(|(_, fact)| fact.detached.is_none()) {
                     fact.closing = true;
                 }
@@ -294,6 +300,7 @@ impl Oracle {
                     hold_ms: opened.hold_ms,
                     class: opened.class,
                     told: false,
+                    told_at: 0,
                     session: None,
                     detached: None,
                     window: Window::default(),
@@ -315,6 +322,12 @@ impl Oracle {
                 }
             }
             Record::Detached(open) => self.detach(sight, *open),
+            // Its session is ended by a resume that supersedes it, which is told later.
+            Record::Closed(open) => {
+                if let Some(fact) = self.facts.get_mut(open).filter(|fact| fact.hold_ms == 0) {
+                    fact.closing = true;
+                }
+            }
             Record::Baseline(open, _) => {
                 self.volatile.insert(sequence, Volatile::Baseline(*open));
                 if let Some(fact) = self.facts.get_mut(open) {
@@ -351,6 +364,7 @@ impl Oracle {
 
     /// Control has died.
     pub(crate) fn control_died(&mut self) {
+        self.recovering = true;
         for volatile in std::mem::take(&mut self.volatile).into_values() {
             match volatile {
                 Volatile::Baseline(open) => {
@@ -372,6 +386,7 @@ impl Oracle {
 
     /// Control has started again, and these opens are there.
     pub(crate) fn recovered(&mut self, sight: &Sight<'_>, listed: &[Listed]) {
+        self.recovering = false;
         let there: BTreeMap<OpenId, &Listed> = listed.iter().map(|listed| (listed.open, listed)).collect();
         let mut failed = None;
         for (open, fact) in &mut self.facts {
@@ -440,7 +455,7 @@ impl Oracle {
                 self.resume_refused(sight, session, &resume.resume_key, refusal);
             }
             (Request::Lock(lock), Reply::Done) => self.locked(sight, lock),
-            (Request::Unlock(unlock), Reply::Done) => self.unlocked(sight, unlock),
+            (Request::Unlock(unlock), Reply::Done) => self.unlocked(unlock),
             (Request::Unlock(unlock), Reply::Refused(_)) => {
                 if let Some(fact) = self.facts.get_mut(&unlock.open) {
                     releasing(&mut fact.locks, unlock.owner, &unlock.ranges, false);

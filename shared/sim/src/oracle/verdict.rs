@@ -76,12 +76,13 @@ impl Oracle {
                 return self.fail(|| format!("{open} is called expired before its time: {fact:?}"));
             }
         }
+        let leaving = self.leaving.contains(&session);
         if let Some(fact) = self.facts.get_mut(&open) {
             fact.told = true;
             fact.epoch = resumed.opened.epoch;
             fact.session = Some(session);
             fact.detached = None;
-            fact.closing = false;
+            fact.closing = leaving;
             fact.bury_bindings("a resume that did not keep it was answered", &resumed.kept);
         }
         self.no_bindings(sight, open, &resumed.kept, "its resume is answered");
@@ -129,6 +130,9 @@ impl Oracle {
         key: &[u8],
         refusal: &Refusal,
     ) {
+        if self.leaving.contains(&session) {
+            return;
+        }
         let principal = self.principals.get(&session).cloned();
         let fact = self.keys.get(key).and_then(|open| self.facts.get(open).map(|fact| (*open, fact.clone())));
         let Some((open, fact)) = fact else {
