@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Client, Gate, Open, Rig, Told, eventually, gated, pattern};
+use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, OpenId, Status};
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
@@ -410,7 +411,11 @@ fn over_tcp_a_peer_that_takes_nothing_holds_up_no_restriction_for_long() {
 #[test]
 fn the_time_of_the_last_write_moves_only_with_writes() {
     let rig = Rig::new();
-    let (mut client, binding, open) = rig.bound(&pattern(100, 1));
+    // In memory: written at once, by the worker; the next test is about storage threads.
+    let memory = rustix::fs::memfd_create("last-write", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let open = rig.control.open_file(memory.into(), Access::ALL, MacPolicy::Header);
+    let mut client = rig.client();
+    let binding = client.bind(&open).unwrap();
     let time = || {
         let mut snapshot = rig.engine.snapshot();
         assert!(snapshot.gather(Duration::from_secs(5)));
