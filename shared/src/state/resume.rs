@@ -153,7 +153,7 @@ impl Authority {
         resume.progress = Progress::Restricting;
         // Its locks count again from now on. What others began before that has ended when the file is looked at.
         self.update_rules(identity, effects);
-        let waits = self.unconfirmed(identity, Some(id));
+        let waits = self.unconfirmed(identity, None);
         self.wait_for(waits, BTreeSet::new(), Then::Resume(id), effects);
     }
 
