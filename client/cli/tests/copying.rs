@@ -171,16 +171,46 @@ fn removing_ends_where_a_name_cannot_be_told() {
 }
 
 #[test]
-fn what_a_lost_session_leaves_behind_is_named() {
-    let server = Deployment::start();
+fn a_copy_survives_planes_that_are_killed() {
+    let mut server = Deployment::start();
+    let (local, back) = (server.scratch("local"), server.scratch("back"));
+    let bytes = pattern(4, LONG);
+    std::fs::write(&local, &bytes).unwrap();
+    for planes in [[true, false], [false, true], [true, true]] {
+        for (from, to, copy) in [
+            (text(&local), "data:/copy", server.volume().join("copy")),
+            ("data:/copy", text(&back), back.clone()),
+        ] {
+            let _ = std::fs::remove_file(&copy);
+            let child = under_way(&server, from, to);
+            server.kill(planes);
+            server.await_planes();
+            let output = finish(child);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{planes:?} killed, {from} to {to}: {said}");
+            assert!(std::fs::read(&copy).unwrap() == bytes, "{planes:?} killed, {from} to {to}: other bytes");
+            assert_eq!(parts(&server.volume()), 0);
+        }
+    }
+    server.until("nothing is left", |g| g["control.opens"] == 0 && g["dataplane.bindings"] == 0);
+}
+
+#[test]
+fn what_a_server_that_stays_away_leaves_behind_is_named() {
+    let mut server = Deployment::start();
+    let config = std::fs::read_to_string(server.config()).unwrap();
+    let soft = config
+        .replace("#recovery = \"hard\"", "recovery = \"soft\"")
+        .replace("#soft_ms = 30000", "soft_ms = 500");
+    assert_ne!(soft, config);
+    std::fs::write(server.config(), soft).unwrap();
     let local = server.scratch("local");
     std::fs::write(&local, pattern(2, LONG)).unwrap();
     let child = under_way(&server, text(&local), "data:/copy");
-    signal(server.control_pid, rustix::process::Signal::KILL);
+    server.stop();
     let output = finish(child);
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(4), "{said}");
-    // Control comes back at another port here (port 0), so that nobody can remove it; but it can be told.
     assert!(said.contains("remove it with: holdfast rm data:/.holdfast-"), "{said}");
     assert!(!server.volume().join("copy").exists());
 }

@@ -1,5 +1,5 @@
 //! What the planes do not do: touch control during I/O, allocate or register per request, burn CPU when idle, keep anything
-//! of a killed client.
+//! of a killed client but its opens, for their hold time.
 
 #![allow(clippy::unwrap_used)] // helpers of tests stand outside of #[test] functions
 
@@ -148,7 +148,7 @@ fn an_idle_server_uses_no_cpu() {
 }
 
 #[test]
-fn a_client_killed_in_the_middle_leaves_nothing_behind() {
+fn a_client_killed_in_the_middle_leaves_its_open_behind_and_nothing_else() {
     let _alone = alone();
     let server = Deployment::with(&Wish::default());
     let source = server.scratch("big");
@@ -177,6 +177,11 @@ fn a_client_killed_in_the_middle_leaves_nothing_behind() {
             }
             signal(child.id(), rustix::process::Signal::KILL);
             assert!(!finish(child).status.success(), "{kind}: killed in the middle");
+            // What it had open is kept for it. Nobody will resume it here: the operator ends it.
+            server.until(&format!("{kind}: its session is lost"), |g| g["control.sessions"] == 0);
+            let kept = server.ids(&["--state", "detached"]);
+            assert_eq!(kept.len(), 1, "{kind}: one file was under way");
+            server.ok(&["opens", "--close", &kept[0]]);
             let same = [
                 "control.sessions",
                 "control.opens",

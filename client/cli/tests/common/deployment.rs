@@ -14,8 +14,8 @@ pub struct Wish {
     pub mac_policy: Option<&'static str>,
     /// Settings of dataplane.toml's `[limits]`.
     pub dataplane: &'static str,
-    /// Settings of the volume in control.toml.
-    pub volume: &'static str,
+    /// Settings that `init` has written into control.toml or dataplane.toml, and their values instead.
+    pub settings: &'static [(&'static str, &'static str)],
     /// Uncomment every setting that `init` has written as a comment.
     pub uncomment: bool,
     /// Where `serve` is started from [default: beside the program under test].
@@ -92,9 +92,25 @@ impl Deployment {
                 edit(file, &|text| text.lines().map(|l| setting(l).to_owned() + "\n").collect());
             }
         }
-        edit("control.toml", &|text| {
-            text.replace("\n[[volume.grant]]", &format!("{}\n[[volume.grant]]", wish.volume))
-        });
+        for (name, value) in wish.settings {
+            let named = |line: &str| {
+                line.trim_start_matches('#').strip_prefix(name).is_some_and(|l| l.starts_with(" = "))
+            };
+            let found = std::cell::Cell::new(false);
+            for file in ["control.toml", "dataplane.toml"] {
+                edit(file, &|text| {
+                    let set = |line: &str| {
+                        if named(line) {
+                            found.set(true);
+                            return format!("{name} = {value}\n");
+                        }
+                        line.to_owned() + "\n"
+                    };
+                    text.lines().map(set).collect()
+                });
+            }
+            assert!(found.get(), "init does not write {name}");
+        }
         if let Some(policy) = wish.mac_policy {
             edit("control.toml", &|text| {
                 assert!(text.contains("mac_policy = \"header\""), "{text}");
@@ -251,6 +267,13 @@ impl Deployment {
             assert!(start.elapsed() < DEADLINE, "never: {what}\n{gauges:#?}\n{}", self.log());
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Ids of the opens that `holdfast opens FILTER...` lists.
+    pub fn ids(&self, filter: &[&str]) -> Vec<String> {
+        let opens = self.ok(&[&["opens", "--json"], filter].concat());
+        let opens: Vec<serde_json::Value> = serde_json::from_str(&opens).unwrap();
+        opens.iter().map(|open| open["open"].as_str().unwrap().to_owned()).collect()
     }
 
     /// Stops with SIGTERM, and says how `serve` ended.

@@ -49,6 +49,11 @@ pub fn transports() -> Vec<&'static str> {
     if rdma_address().is_some() { vec!["tcp", "verbs"] } else { vec!["tcp"] }
 }
 
+/// The client library's name for a transport.
+pub fn transport_of(kind: &str) -> holdfast_client::Transport {
+    kind.parse().unwrap()
+}
+
 /// Sends a signal to a process that this test started.
 pub fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();

@@ -45,6 +45,8 @@ pub struct Ledger {
     pub fresh: Vec<(String, String, bool)>,
     pub notes: BTreeMap<String, u64>,
     pub faults: Vec<String>,
+    /// Lines taken in.
+    pub lines: u64,
     pub ready: bool,
     pub done: bool,
     pub phase: Phase,
@@ -59,6 +61,7 @@ impl Ledger {
 
     /// Takes one line in.
     pub fn line(&mut self, line: &str) {
+        self.lines += 1;
         let words: Vec<&str> = line.split(' ').collect();
         let number = |n: usize| words.get(n).and_then(|w| w.parse::<u64>().ok()).unwrap_or(0);
         let blocks = || (number(1)..number(1) + number(2)).map(|b| usize::try_from(b).unwrap());

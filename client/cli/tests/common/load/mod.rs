@@ -14,7 +14,7 @@ mod child;
 mod ledger;
 
 pub use block::{BLOCK, Dice, Stamp};
-pub use child::run_if_asked;
+pub use child::{now, run_if_asked};
 pub use ledger::{Ledger, Phase};
 
 use super::{DEADLINE, Deployment, finish, signal};
@@ -133,6 +133,11 @@ impl Load {
         self.told.0.lock().unwrap()
     }
 
+    /// The newest resume key of one of its opens.
+    pub fn key(&self, open: &str) -> Vec<u8> {
+        child::unhex(&self.ledger().keys[open])
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("running").id()
@@ -199,6 +204,19 @@ impl Load {
 
     pub fn thaw(&self) {
         signal(self.pid(), rustix::process::Signal::CONT);
+    }
+
+    /// Takes in all that a stopped load has told.
+    pub fn drain(&self) {
+        let mut before = u64::MAX;
+        loop {
+            let now = { self.ledger().lines };
+            if now == before {
+                return;
+            }
+            before = now;
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Checks the file beside the server: every block is whole, and as new as the ledger says.
