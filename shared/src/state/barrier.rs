@@ -180,6 +180,7 @@ impl Authority {
         for id in opens {
             let rules = self.locks.io_rules(file, id, |holder| self.lock_counts(holder));
             any |= !rules.is_empty() || !self.locks.locks_of(file, id).is_empty();
+            any |= self.opens.get(id).is_some_and(|open| open.rules.confirmed < open.rules.version);
             let version = match self.opens.get(id) {
                 Some(open) if open.lock_mode == LockMode::Mandatory && open.rules.rules != rules => {
                     self.next_version()
@@ -189,6 +190,7 @@ impl Authority {
             let Some(open) = self.opens.get_mut(id) else { continue };
             open.rules.rules = rules;
             open.rules.version = version;
+            any = true;
             self.send_rules(id, effects);
         }
         if !any {

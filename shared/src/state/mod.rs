@@ -141,6 +141,8 @@ pub struct Authority {
     strays: BTreeSet<LinkBinding>,
     /// After recovery, until it is known which bindings live.
     settling: bool,
+    /// After recovery, until the first input tells the time.
+    undated: bool,
     /// Before recovery: see [`Authority::set_last_write`].
     last_write: u64,
 }
@@ -205,6 +207,7 @@ impl Authority {
             unknown_bindings: false,
             strays: BTreeSet::new(),
             settling: false,
+            undated: false,
             last_write: 0,
         }
     }
@@ -219,11 +222,10 @@ impl Authority {
     }
 
     fn tell_time(&mut self, now: Timestamp) {
-        if self.now == Timestamp::default() && self.tombstones.len() > 0 {
-            self.now = now;
+        self.now = self.now.max(now);
+        if std::mem::take(&mut self.undated) {
             self.date_tombstones();
         }
-        self.now = self.now.max(now);
     }
 
     fn take(&mut self, input: Input, effects: &mut Vec<Effect>) {

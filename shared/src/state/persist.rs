@@ -85,7 +85,9 @@ impl Authority {
 
     /// Says something when a record is durable: at once if it is.
     pub(super) fn defer(&mut self, until: u64, effect: Effect, effects: &mut Vec<Effect>) {
-        if until <= self.journal.durable {
+        // What this call writes itself holds all that follows it.
+        let writes = || effects.iter().any(|effect| matches!(effect, Effect::Persist { .. }));
+        if until <= self.journal.durable || writes() {
             effects.push(effect);
         } else {
             self.journal.held.entry(until).or_default().push(effect);

@@ -111,6 +111,7 @@ impl Recovery {
         let mut authority = self.authority;
         authority.journal = Journal::after(last_sequence);
         authority.settling = true;
+        authority.undated = true;
         let mut locks = LockTable::new(authority.limits.locks);
         let mut reopens = Vec::new();
         let ids: Vec<OpenId> = authority.opens.iter().map(|(id, _)| *id).collect();

@@ -1,6 +1,8 @@
 //! The authority against its rules. Every step of every test ends with a check of the invariants.
 
 mod binds;
+mod crashes;
+mod locks;
 mod model;
 mod opens;
 mod resumes;

@@ -4,8 +4,8 @@ use crate::auth::{BindTranscript, ChannelIdentity, Keyring, MacPolicy, Secret, S
 use crate::journal::record::Record;
 use crate::state::rules::{LockMode, Right, VolumeRules};
 use crate::state::{
-    Authority, Effect, FileIdentity, FileOpened, Fresh, Input, Inspected, Limits, OperationId, SessionBegan,
-    Work,
+    Authority, Effect, FileIdentity, FileOpened, Fresh, Input, Inspected, Limits, OperationId, Recovery,
+    Reopen, SessionBegan, Work,
 };
 use crate::types::{
     Access, ClusterId, CreateId, Disposition, Evidence, FileTime, HoldClass, LockItem, LockKind, LockRange,
@@ -25,6 +25,8 @@ pub(super) struct World {
     pub(super) authority: Authority,
     pub(super) now: Timestamp,
     pub(super) effects: Vec<Effect>,
+    setup: (Limits, u8, LockMode),
+    generation: u64,
     /// What the journal has.
     pub(super) journal: Vec<Record>,
     /// The disk is slow: records become durable when the test says so.
@@ -95,19 +97,86 @@ pub(super) fn session_key(n: u8) -> SessionKey {
     SessionKey::new(Secret::new([n; 32]))
 }
 
+fn keyring(cluster: u8) -> Keyring {
+    Keyring::new(ClusterId([cluster; 16]), 1, &Secret::new([cluster; 32]))
+}
+
+fn volumes(mode: LockMode) -> Vec<VolumeRules> {
+    let data = volume("data", 1, &[("u1", Right::ReadWrite), ("u2", Right::ReadWrite), ("r", Right::Read)]);
+    vec![VolumeRules { lock_mode: mode, ..data }, volume("other", 2, &[("u1", Right::ReadWrite)])]
+}
+
 impl World {
+    pub(super) fn recovery(&self) -> Recovery {
+        let (limits, cluster, mode) = self.setup;
+        Recovery::new(limits, volumes(mode), keyring(cluster), self.generation + 1)
+    }
+
+    /// Both processes die, and control comes back with these records; what is to be opened again.
+    fn restart_from(&self, records: &[Record]) -> (Self, Vec<Reopen>) {
+        let mut recovery = self.recovery();
+        for record in records {
+            recovery.apply(record.clone(), false).unwrap();
+        }
+        let (authority, reopens) = recovery.finish(records.len() as u64);
+        let world = Self {
+            authority,
+            effects: Vec::new(),
+            journal: records.to_vec(),
+            holds_journal: false,
+            evidence: self.evidence.clone(),
+            generation: self.generation + 1,
+            ..*self
+        };
+        (world, reopens)
+    }
+
+    pub(super) fn restart(&self) -> (Self, Vec<Reopen>) {
+        self.restart_from(&self.journal)
+    }
+
+    fn reopen((mut world, reopens): (Self, Vec<Reopen>)) -> Self {
+        for reopen in reopens {
+            let evidence = world.evidence_of(reopen.identity.inode);
+            let seen = Inspected { attributes: attributes(reopen.identity.inode), evidence };
+            world.give(Input::Reopened { open: reopen.open, result: Ok(seen) });
+        }
+        world
+    }
+
+    /// Control dies and comes back, and has opened its files again.
+    pub(super) fn crash(&self) -> Self {
+        Self::reopen(self.restart())
+    }
+
+    /// The same, and no dataplane lives.
+    pub(super) fn recover(&self) -> Self {
+        self.recover_from(&self.journal)
+    }
+
+    pub(super) fn recover_from(&self, records: &[Record]) -> Self {
+        let mut world = Self::reopen(self.restart_from(records));
+        world.give(Input::LinkLost);
+        world
+    }
+
     pub(super) fn new() -> Self {
         Self::with(Limits::default(), 1)
     }
 
     pub(super) fn with(limits: Limits, cluster: u8) -> Self {
-        let keyring = Keyring::new(ClusterId([cluster; 16]), 1, &Secret::new([cluster; 32]));
-        let volumes = vec![
-            volume("data", 1, &[("u1", Right::ReadWrite), ("u2", Right::ReadWrite), ("r", Right::Read)]),
-            volume("other", 2, &[("u1", Right::ReadWrite)]),
-        ];
+        Self::with_all(limits, cluster, LockMode::Mandatory)
+    }
+
+    pub(super) fn with_mode(mode: LockMode) -> Self {
+        Self::with_all(Limits::default(), 1, mode)
+    }
+
+    fn with_all(limits: Limits, cluster: u8, mode: LockMode) -> Self {
         Self {
-            authority: Authority::new(limits, volumes, keyring),
+            authority: Authority::new(limits, volumes(mode), keyring(cluster)),
+            setup: (limits, cluster, mode),
+            generation: 0,
             now: Timestamp::default(),
             effects: Vec::new(),
             journal: Vec::new(),
