@@ -152,9 +152,9 @@ pub struct Limits {
     pub tombstones: usize,
     /// How long that is, seconds. Default: 604800, a week.
     pub tombstone_keep_s: u64,
-    /// Locks of one request. Default: 64.
+    /// Locks of one request, at most 1024: they stand in one record of the journal. Default: 64.
     pub locks_per_request: usize,
-    /// Locks of one open. Default: 512.
+    /// Locks of one open, at most 1024: they stand in one record of the journal. Default: 512.
     pub locks_per_open: usize,
     /// Locks of one file, and locks waited for on it. Default: 1024.
     pub locks_per_file: usize,
@@ -438,6 +438,13 @@ impl Config {
         if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0 || *count > 1 << 24) {
             return Err(format!("limits.{name}: must be between 1 and 16777216"));
         }
+        for (name, count) in
+            [("locks_per_request", limits.locks_per_request), ("locks_per_open", limits.locks_per_open)]
+        {
+            if count > 1024 {
+                return Err(format!("limits.{name}: must be at most 1024, as they stand in one record"));
+            }
+        }
         if limits.keepalive_s == 0 || limits.keepalive_s > 32_767 {
             return Err("limits.keepalive_s: must be between 1 and 32767".into());
         }
@@ -545,6 +552,7 @@ mod tests {
             ("listen = []", "listen"),
             ("[limits]\nopens = 0", "limits.opens"),
             ("[limits]\nwait_max_ms = 0", "limits.wait_max_ms"),
+            ("[limits]\nlocks_per_open = 1025", "limits.locks_per_open"),
             ("[journal]\ncheckpoint_mib = 0", "journal.checkpoint_mib"),
             ("[journal]\nsyncs = true", "syncs"),
             ("[[volume]]\nname='a'\ndirectory='data'\nhold_ms=2\nhold_max_ms=1", "hold_ms"),

@@ -91,6 +91,20 @@ gauges! {
     operations,
     /// Files with a claim on access.
     claimed_files,
+    /// Opens whose session is lost, expired ones included.
+    detached_opens,
+    /// Opens that are gone and of which a late resume is still told.
+    tombstones,
+    /// Locks.
+    locks,
+    /// Requests that wait for locks.
+    lock_waiters,
+    /// Requests that wait for a file that is held.
+    waiting_opens,
+    /// Changes of locks that wait until I/O under way has ended.
+    lock_barriers,
+    /// Answers and actions that wait for the journal.
+    waiting_for_journal,
     /// Descriptors of volumes' files that this process holds.
     open_files,
     /// Connections whose handshake is not finished.
@@ -188,6 +202,13 @@ impl Gauges {
             (&self.fences, counts.fences),
             (&self.operations, counts.operations),
             (&self.claimed_files, counts.claimed_files),
+            (&self.detached_opens, counts.detached),
+            (&self.tombstones, counts.tombstones),
+            (&self.locks, counts.locks),
+            (&self.lock_waiters, counts.lock_waiters),
+            (&self.waiting_opens, counts.contenders),
+            (&self.lock_barriers, counts.barriers),
+            (&self.waiting_for_journal, counts.held_effects),
         ] {
             gauge.store(count as u64, Relaxed);
         }

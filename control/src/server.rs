@@ -203,13 +203,7 @@ async fn recover(
         };
         Ok::<_, anyhow::Error>((Driver::new(recovered, hands), store))
     };
-    let runtime = tokio::runtime::Handle::current();
-    // What the authority wants done with what was found begins on this thread already.
-    let work = tokio::task::spawn_blocking(move || {
-        let _runtime = runtime.enter();
-        work()
-    });
-    let (driver, store) = work.await.context("the start died")??;
+    let (driver, store) = tokio::task::spawn_blocking(work).await.context("the start died")??;
     Ok((state, driver, store))
 }
 

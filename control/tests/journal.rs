@@ -66,7 +66,7 @@ async fn a_torn_end_is_cut() {
     let length = u32::from_le_bytes(bytes[last + 4..last + 8].try_into().unwrap()) as usize;
     let end = last + (32 + length).next_multiple_of(8);
     let journal = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
-    journal.write_all_at(&bytes[last..last + 50], end as u64).unwrap();
+    journal.write_all_at(&bytes[last..end - 8], end as u64).unwrap();
     let ready = server.start_again();
     assert_eq!(ready["recovered"], 3);
     let mut client = Client::connect(&server, "writer").await;
@@ -97,15 +97,14 @@ async fn crs_08_a_lost_or_older_journal_is_noticed() {
     let words = server.refuses_to_start();
     assert!(words.contains("is missing") && words.contains("--accept-journal-loss"), "{words}");
     // And the state directory's own witness lost too: the volume knows, where it can.
-    let witness = std::fs::read(server.state("generation")).unwrap();
-    std::fs::remove_file(server.state("generation")).unwrap();
+    std::fs::rename(server.state("generation"), server.state("witness")).unwrap();
     let name = "user.holdfast.generation";
     if rustix::fs::getxattr(server.dir.path().join("data"), name, &mut [0; 64]).is_ok() {
         std::fs::remove_dir_all(&journal).unwrap();
         let words = server.refuses_to_start();
         assert!(words.contains("volume \"data\" knows start 2"), "{words}");
     }
-    std::fs::write(server.state("generation"), &witness).unwrap();
+    std::fs::rename(server.state("witness"), server.state("generation")).unwrap();
     // The newest one put back is as good as ever.
     std::fs::remove_dir_all(&journal).unwrap();
     std::fs::rename(server.state("newest"), &journal).unwrap();

@@ -238,12 +238,12 @@ async fn the_operator_sees_opens_and_sessions_and_ends_opens() {
 /// The whole table is written anew, many times over, while clients work; and what is read back is right.
 #[tokio::test(flavor = "multi_thread")]
 async fn checkpoints_while_serving_lose_nothing() {
-    let mut server = Server::with_limits("opens = 100000\n[journal]\ncheckpoint_mib = 1");
+    let mut server = Server::with_limits("[journal]\nsync = false\ncheckpoint_mib = 1");
     let mut client = Client::connect(&server, "writer").await;
     let opened = guarded(&mut client, "kept").await;
     let mut sequence = 1;
     let end = Instant::now() + Duration::from_secs(60);
-    while server.gauge("journal_checkpoints_total") < 3 {
+    while server.gauge("journal_checkpoints_total") < 2 {
         assert!(Instant::now() < end, "no checkpoint: {}", server.gauge("journal_bytes"));
         for _ in 0..300 {
             let other = client.open(held("other")).await;

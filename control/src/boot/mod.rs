@@ -113,7 +113,8 @@ impl Plan {
                     set_aside(&directory)?;
                     continue;
                 }
-                read => read?,
+                // Its words hold those of its cause already.
+                read => read.map_err(|error| anyhow::anyhow!("{error}"))?,
             };
             let summary = read.summary().clone();
             if !anew && let Err(behind) = known.check(summary.generation, &directory) {

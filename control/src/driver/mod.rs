@@ -40,6 +40,9 @@ pub use files::{HeldFile, OpenFile};
 /// Exit code when the journal's disk has failed: no promise can be kept any more, and a supervisor starts us anew.
 pub const EXIT_JOURNAL: i32 = 74;
 
+/// Records that may wait for the journal while nobody is let in yet.
+const RECORDS_WAITING_MAX: usize = 16_384;
+
 /// What sessions, link and admin bring.
 pub enum Event {
     /// A session begins, from that address; its answers go there.
@@ -131,7 +134,8 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Tells the authority how the recorded files were found, and what the dataplane that lives has. Hold times count from now.
+    /// Tells the authority how the recorded files were found, and what the dataplane that lives has. Hold times count from
+    /// now. Blocks while the journal has more to write than it should hold in memory.
     pub fn new(recovered: Recovered, hands: Hands) -> Self {
         let (done, results) = mpsc::unbounded_channel();
         let mut driver = Self {
@@ -157,13 +161,27 @@ impl Driver {
         for (open, result) in recovered.reopened {
             driver.input(Input::Reopened { open, result });
             driver.perform_effects();
+            driver.await_journal();
         }
-        if let Some((id, registration, packets)) = recovered.registered {
-            driver.begin_link(id, *registration, packets);
-            driver.perform_effects();
+        match recovered.registered {
+            Some((id, registration, packets)) => driver.begin_link(id, *registration, packets),
+            // None lives, so nothing of before is under way.
+            None => driver.input(Input::LinkLost),
         }
+        driver.perform_effects();
+        driver.await_journal();
         driver.gauges.show(driver.authority.counts());
         driver
+    }
+
+    fn await_journal(&mut self) {
+        while self.records.waiting() > RECORDS_WAITING_MAX {
+            match self.journal_events.blocking_recv() {
+                Some(event) => self.journal_event(event),
+                None => return,
+            }
+            self.perform_effects();
+        }
     }
 
     /// Runs until it is stopped, or the events end.

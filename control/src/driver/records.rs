@@ -152,6 +152,11 @@ impl Records {
         self.hand_over();
     }
 
+    /// Records that the journal has not taken yet.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// True if nothing waits for the disk any more.
     pub(super) fn idle(&self) -> bool {
         self.waiting.is_empty() && self.under_way.is_empty()

@@ -53,6 +53,7 @@ impl Client {
         identity: Option<&(String, String)>,
     ) -> std::io::Result<TlsStream<TcpStream>> {
         let tcp = TcpStream::connect(server.address).await?;
+        tcp.set_nodelay(true)?;
         tls(&server.ca, identity).connect(ServerName::try_from("localhost").unwrap(), tcp).await
     }
 
@@ -189,6 +190,7 @@ impl Client {
         connector: &TlsConnector,
     ) -> std::io::Result<Self> {
         let tcp = TcpStream::connect(address).await?;
+        tcp.set_nodelay(true)?;
         let stream = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await?;
         let exported = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None).unwrap();
         let key = SessionKey::new(Secret::new(exported));
