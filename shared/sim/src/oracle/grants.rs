@@ -31,6 +31,7 @@ impl Oracle {
             return self.fail(|| format!("{open} moved to another session in its old epoch: {fact:?}"));
         }
         fact.epoch = opened.epoch;
+        fact.resuming = false;
         fact.session = Some(session);
         fact.detached = None;
         fact.closing = leaving;

@@ -10,6 +10,10 @@ impl Oracle {
         let Some(fact) = self.facts.get_mut(&lock.open) else {
             return self.fail(|| format!("a lock of {} is told, which is not there", lock.open));
         };
+        if fact.forced {
+            // The operator closed it after it was locked, and before that could be told.
+            return;
+        }
         if fact.ended.is_some() || fact.given_away || fact.tombstone.is_some() {
             let fact = fact.clone();
             return self.fail(|| format!("a lock of {} is told after it ended: {fact:?}", lock.open));
@@ -35,7 +39,7 @@ impl Oracle {
             self.give_away(sight, other, lock.open, "a lock that conflicts with one of its own is told");
         }
         // A lock that is told while its open is being closed is over already.
-        if self.facts.get(&lock.open).is_some_and(|fact| !fact.closing) {
+        if self.facts.get(&lock.open).is_some_and(|fact| !fact.closing && !fact.forced) {
             self.quiet_under(sight, lock);
         }
     }

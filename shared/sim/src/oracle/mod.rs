@@ -86,6 +86,8 @@ pub(super) struct Fact {
     /// Nobody else could have changed the file since the open was detached, and no crash came between: it must not be
     /// called changed.
     pub(super) untouched: bool,
+    /// A resume was decided, and its answer has not left yet.
+    pub(super) resuming: bool,
 }
 
 impl Fact {
@@ -145,6 +147,8 @@ pub(crate) struct Oracle {
     lost: BTreeSet<OpenId>,
     /// Sessions that have asked to end.
     leaving: BTreeSet<SessionId>,
+    /// Until then somebody may be changing names or sizes.
+    meddled_until: u64,
     /// Control has died, and nobody is let in yet.
     recovering: bool,
     /// Of the records of this life of control: those not known to be durable.
@@ -203,16 +207,21 @@ impl Oracle {
     }
 
     fn detach(&mut self, sight: &Sight<'_>, open: OpenId) {
+        let meddled = self.meddled_until;
         let (writers, recovering) = (self.other_writers(open), self.recovering);
         let Some(fact) = self.facts.get_mut(&open) else { return };
         if fact.detached.is_some() {
+            if std::mem::take(&mut fact.resuming) {
+                // It was live again, though nobody heard of it: the time counts anew, what may have changed does not.
+                fact.detached = Some(sight.now);
+            }
             return;
         }
         fact.detached = Some(sight.now);
         fact.closing |= fact.hold_ms == 0;
         let server = fact.node.map_or(0, |node| sight.files.changes(node));
         fact.window = Window { server, outside: None };
-        fact.untouched = !writers && !recovering;
+        fact.untouched = !writers && !recovering && sight.now > meddled;
     }
 
     /// True if another open of the file may write.
@@ -261,6 +270,12 @@ impl Oracle {
                     if !fact.executed.contains(&unlock.sequence) {
                         releasing(&mut fact.locks, unlock.owner, &unlock.ranges, true);
                     }
+                }
+            }
+            Request::Remove(_) | Request::Rename(_) | Request::SetAttributes(_) => {
+                self.meddled_until = sight.now + 5000 * MS;
+                for fact in self.facts.values_mut() {
+                    fact.untouched = false;
                 }
             }
             _ => {}
@@ -314,6 +329,7 @@ impl Oracle {
                     bindings: BTreeMap::new(),
                     epoch: 0,
                     untouched: false,
+                    resuming: false,
                 };
                 let (node, writes) = (fact.node, fact.access.contains(Access::WRITE));
                 self.facts.entry(opened.open).or_insert(fact);
@@ -322,10 +338,16 @@ impl Oracle {
                 }
             }
             Record::Detached(open) => self.detach(sight, *open),
-            // Its session is ended by a resume that supersedes it, which is told later.
+            // Its session is ended by a resume that supersedes it, or has ended by itself; that is told later.
             Record::Closed(open) => {
-                if let Some(fact) = self.facts.get_mut(open).filter(|fact| fact.hold_ms == 0) {
+                if let Some(fact) = self.facts.get_mut(open).filter(|fact| fact.hold_ms == 0 || fact.resuming)
+                {
                     fact.closing = true;
+                }
+            }
+            Record::Resumed(resumed) => {
+                if let Some(fact) = self.facts.get_mut(&resumed.open) {
+                    fact.resuming = true;
                 }
             }
             Record::Baseline(open, _) => {
@@ -410,6 +432,11 @@ impl Oracle {
                         let locks = listed.locks;
                         failed.get_or_insert(format!("{open} has {locks} locks after a restart: {fact:?}"));
                     }
+                    if fact.closing {
+                        // Its client wanted it closed, so its locks were nothing to rely on any more.
+                        fact.locks.iter_mut().for_each(|lock| lock.releasing = true);
+                    }
+                    fact.resuming = false;
                     fact.closing &= fact.hold_ms == 0;
                     fact.forced &= fact.tombstone.is_some();
                     self.forced.remove(open);

@@ -38,6 +38,10 @@ impl Oracle {
         let Some(fact) = self.facts.get(&open).cloned() else {
             return self.fail(|| format!("{open} is resumed, and was never there"));
         };
+        if fact.forced {
+            // The operator closed it after it was resumed, and before that could be told.
+            return;
+        }
         if fact.ended.is_some() || fact.given_away || fact.tombstone.is_some() {
             return self.fail(|| format!("{open} is resumed after it ended: {fact:?}"));
         }
@@ -80,6 +84,7 @@ impl Oracle {
         if let Some(fact) = self.facts.get_mut(&open) {
             fact.told = true;
             fact.epoch = resumed.opened.epoch;
+            fact.resuming = false;
             fact.session = Some(session);
             fact.detached = None;
             fact.closing = leaving;
@@ -101,7 +106,7 @@ impl Oracle {
             return self.fail(|| format!("{gone:?} is told about a key that was never issued"));
         };
         let Some(fact) = self.facts.get(&open).cloned() else { return };
-        if fact.ended == Some(Ended::Closed) || fact.tombstone.is_none() {
+        if fact.tombstone.is_none() {
             return self.fail(|| format!("{open} is told gone ({gone:?}), and has no tombstone: {fact:?}"));
         }
         if fact.tombstone != Some(gone.reason) {
@@ -142,7 +147,8 @@ impl Oracle {
             return;
         };
         let own = principal.as_deref() == Some(fact.principal.as_str());
-        if own && refusal.status == Status::BadKey && fact.protected(sight.now) {
+        // One without a hold time ends with its session, and that may end before it is told so.
+        if own && refusal.status == Status::BadKey && fact.hold_ms > 0 && fact.protected(sight.now) {
             self.fail(|| format!("{open} is protected, and its own key is bad: {fact:?}"));
         } else if !own && !matches!(refusal.status, Status::BadKey | Status::Unavailable) {
             self.fail(|| format!("{principal:?} learns of {open} of {}: {refusal:?}", fact.principal));
