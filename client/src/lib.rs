@@ -22,6 +22,8 @@ mod open;
 mod recovery;
 mod region;
 mod requests;
+#[cfg(test)]
+mod scripted;
 mod session;
 pub mod stream;
 mod tls;

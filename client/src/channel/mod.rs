@@ -28,7 +28,7 @@ mod reply;
 pub(crate) mod request;
 mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use home::DataChannel;
 pub use in_flight::InFlight;

@@ -79,6 +79,11 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
+    /// True while requests need not wait.
+    pub(crate) fn is_up(&self) -> bool {
+        matches!(self, Self::Up(connection) if !connection.is_over())
+    }
+
     fn last(&self) -> &Arc<Connection> {
         match self {
             Self::Up(connection) | Self::Away(connection) | Self::Over(connection, _) => connection,
@@ -167,7 +172,7 @@ impl Session {
     /// Ends the session, for every clone, and closes its opens. A server that is away is not waited for: it keeps the opens
     /// for their hold time.
     pub async fn close(self) {
-        let away = !matches!(&*self.inner.phase.borrow(), Phase::Up(connection) if !connection.is_over());
+        let away = !self.inner.phase.borrow().is_up();
         let opens = self.inner.opens.lock().values().any(|open| open.strong_count() > 0);
         if opens && !away {
             let _ = tokio::time::timeout(self.inner.config.request_max(), self.logoff()).await;

@@ -1,100 +1,16 @@
 //! Sessions against a scripted server: real TLS on loopback, answers by script.
 
+use super::connection::REQUESTS_MAX;
 use super::*;
-use crate::OpenOptions;
-use crate::config::{Tls, Transport};
-use holdfast_shared::auth::MacPolicy;
-use holdfast_shared::auth::{EXPORTER_LABEL, Secret};
-use holdfast_shared::types::{Access, FileTime, HandleId, OpenId, Status, VolumeId};
-use holdfast_shared::wire::control::{Attributes, FileKind, KeyGrant, Opened, Place, Refusal};
-use rcgen::{CertificateParams, Issuer, KeyPair};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
-use std::path::Path;
+use crate::scripted::{Pki, Stream, file, give, opened, take, welcome};
+use crate::{OpenOptions, Place, Recovery, Status};
+use holdfast_shared::auth::{EXPORTER_LABEL, Secret, SessionKey};
+use holdfast_shared::types::CONTROL_MESSAGE_BYTES_MAX;
+use holdfast_shared::wire::control::{Refusal, ReplyMessage, RequestMessage, VERSION};
+use holdfast_shared::wire::to_cbor;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
-
-type Stream = TlsStream<TcpStream>;
-
-/// A CA of its own, one certificate for both sides.
-struct Pki {
-    dir: tempfile::TempDir,
-}
-
-impl Pki {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let ca_key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let ca = params.self_signed(&ca_key).unwrap();
-        let issuer = Issuer::new(params, ca_key);
-        let key = KeyPair::generate().unwrap();
-        let leaf =
-            CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
-        std::fs::write(dir.path().join("ca"), ca.pem()).unwrap();
-        std::fs::write(dir.path().join("cert"), leaf.pem()).unwrap();
-        std::fs::write(dir.path().join("key"), key.serialize_pem()).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> std::path::PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn acceptor(&self) -> TlsAcceptor {
-        let certificate = |path: &Path| CertificateDer::from_pem_file(path).unwrap();
-        let mut roots = RootCertStore::empty();
-        roots.add(certificate(&self.path("ca"))).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-            .build()
-            .unwrap();
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(
-                vec![certificate(&self.path("cert"))],
-                PrivateKeyDer::from_pem_file(self.path("key")).unwrap(),
-            )
-            .unwrap();
-        TlsAcceptor::from(Arc::new(config))
-    }
-
-    fn config(&self, server: SocketAddr) -> Config {
-        Config {
-            server: server.to_string(),
-            server_name: "localhost".into(),
-            transport: Transport::Auto,
-            connect_ms_max: 10_000,
-            request_ms_max: 10_000,
-            in_flight_max: 16,
-            tls: Tls { ca: self.path("ca"), certificate: self.path("cert"), key: self.path("key") },
-        }
-    }
-}
-
-async fn take(stream: &mut Stream) -> Option<RequestMessage> {
-    let length = stream.read_u32_le().await.ok()?;
-    let mut body = vec![0; length as usize];
-    stream.read_exact(&mut body).await.ok()?;
-    Some(from_cbor(&body, CONTROL_MESSAGE_BYTES_MAX).unwrap())
-}
-
-async fn give(stream: &mut Stream, id: u64, reply: Reply) {
-    let body = to_cbor(&ReplyMessage { id, reply });
-    stream.write_u32_le(u32::try_from(body.len()).unwrap()).await.unwrap();
-    stream.write_all(&body).await.unwrap();
-    stream.flush().await.unwrap();
-}
-
-fn welcome(version: u8) -> Reply {
-    Reply::Welcome(Welcome { version, session: SessionId([1; 16]), principal: "me".into(), opens_max: 5 })
-}
+use tokio::time::timeout;
 
 /// Starts a server that says welcome and then follows the script.
 async fn serve<F, Fut>(pki: &Pki, version: u8, script: F) -> Config
@@ -110,7 +26,7 @@ where
         let Ok(mut stream) = acceptor.accept(socket).await else { return };
         let hello = take(&mut stream).await.unwrap();
         assert!(matches!(hello.request, Request::Hello(_)) && hello.id == 0);
-        give(&mut stream, 0, welcome(version)).await;
+        give(&mut stream, 0, welcome(version, 1)).await;
         script(stream).await;
     });
     config
@@ -159,8 +75,9 @@ async fn both_ends_export_the_same_session_key() {
     })
     .await;
     let session = Session::connect(&config).await.unwrap();
-    let open = OpenId([3; 16]);
-    assert_eq!(session.key().bind_secret(open), receiver.await.unwrap().bind_secret(open));
+    let open = crate::OpenId([3; 16]);
+    let connection = session.connection(None, &mut Patience::new(session.config())).await.unwrap();
+    assert_eq!(connection.key().bind_secret(open), receiver.await.unwrap().bind_secret(open));
 }
 
 #[tokio::test]
@@ -195,10 +112,11 @@ async fn a_vanished_server_is_an_error_for_all_who_wait() {
         take(&mut stream).await.unwrap();
     })
     .await;
+    let config = Config { recovery: Recovery::Soft, soft_ms: 300, ..config };
     let session = Session::connect(&config).await.unwrap();
     let (a, b) = tokio::join!(session.ping(), session.ping());
     for error in [a.unwrap_err(), b.unwrap_err()] {
-        assert!(matches!(error, Error::Ended { .. }), "{error}");
+        assert!(matches!(error, Error::TimedOut { .. }), "{error}");
     }
 }
 
@@ -229,42 +147,6 @@ async fn another_version_is_incompatible() {
     assert!(matches!(Session::connect(&config).await, Err(Error::Incompatible(_))));
 }
 
-fn opened(open: OpenId) -> Reply {
-    let time = FileTime { seconds: 0, nanos: 0 };
-    Reply::Opened(Opened {
-        open,
-        handle: HandleId([2; 16]),
-        access: Access::READ,
-        created: false,
-        hold_ms: 0,
-        attributes: Attributes {
-            kind: FileKind::File,
-            size: 0,
-            allocated: 0,
-            mode: 0o644,
-            inode: 1,
-            links: 1,
-            accessed: time,
-            modified: time,
-            changed: time,
-            uid: 0,
-            gid: 0,
-        },
-        key: KeyGrant {
-            resume_key: vec![1],
-            service_blob: Vec::new(),
-            challenge: [0; 32],
-            volume: VolumeId([6; 16]),
-            policy: MacPolicy::Header,
-        },
-    })
-}
-
-/// A place on the scripted server.
-fn file() -> Place {
-    Place { volume: "v".into(), path: "file".into() }
-}
-
 #[tokio::test]
 async fn an_open_nobody_waits_for_any_more_is_closed() {
     let pki = Pki::new();
@@ -276,7 +158,7 @@ async fn an_open_nobody_waits_for_any_more_is_closed() {
         assert!(matches!(request.request, Request::Open(_)));
         asked.send(()).unwrap();
         is_gone.await.unwrap();
-        give(&mut stream, request.id, opened(OpenId([8; 16]))).await;
+        give(&mut stream, request.id, opened(crate::OpenId([8; 16]))).await;
         sender.send(take(&mut stream).await.unwrap().request).unwrap();
     })
     .await;
@@ -289,7 +171,7 @@ async fn an_open_nobody_waits_for_any_more_is_closed() {
     }
     gone.send(()).unwrap();
     let next = timeout(Duration::from_secs(10), receiver).await.expect("nothing was asked").unwrap();
-    assert!(matches!(next, Request::Close(id) if id == OpenId([8; 16])), "{next:?}");
+    assert!(matches!(next, Request::Close(id) if id == crate::OpenId([8; 16])), "{next:?}");
 }
 
 #[tokio::test]
@@ -298,7 +180,7 @@ async fn a_reply_that_is_not_taken_closes_its_open() {
     let (sender, receiver) = oneshot::channel();
     let config = serve(&pki, VERSION, |mut stream| async move {
         let request = take(&mut stream).await.unwrap();
-        give(&mut stream, request.id, opened(OpenId([8; 16]))).await;
+        give(&mut stream, request.id, opened(crate::OpenId([8; 16]))).await;
         // The answer to this one comes after the other's.
         let ping = take(&mut stream).await.unwrap();
         give(&mut stream, ping.id, Reply::Done).await;
@@ -313,7 +195,7 @@ async fn a_reply_that_is_not_taken_closes_its_open() {
         session.ping().await.unwrap();
     }
     let next = timeout(Duration::from_secs(10), receiver).await.expect("nothing was asked").unwrap();
-    assert!(matches!(next, Request::Close(id) if id == OpenId([8; 16])), "{next:?}");
+    assert!(matches!(next, Request::Close(id) if id == crate::OpenId([8; 16])), "{next:?}");
 }
 
 #[tokio::test]
@@ -323,7 +205,7 @@ async fn a_request_without_a_place_times_out_and_a_close_is_made_up_for() {
     let (sender, receiver) = oneshot::channel();
     let mut config = serve(&pki, VERSION, |mut stream| async move {
         let request = take(&mut stream).await.unwrap();
-        give(&mut stream, request.id, opened(OpenId([8; 16]))).await;
+        give(&mut stream, request.id, opened(crate::OpenId([8; 16]))).await;
         let mut held = Vec::new();
         while held.len() < REQUESTS_MAX {
             held.push(take(&mut stream).await.unwrap().id);
@@ -363,5 +245,5 @@ async fn a_request_without_a_place_times_out_and_a_close_is_made_up_for() {
     // The close was never sent: now it is.
     drop(open);
     let next = timeout(Duration::from_secs(10), receiver).await.expect("nothing was asked").unwrap();
-    assert!(matches!(next, Request::Close(id) if id == OpenId([8; 16])), "{next:?}");
+    assert!(matches!(next, Request::Close(id) if id == crate::OpenId([8; 16])), "{next:?}");
 }

@@ -1,6 +1,6 @@
 //! The channel against a scripted server, joined in memory.
 
-mod server;
+pub(crate) mod server;
 
 use super::*;
 use crate::bind::{self, BindRequest};

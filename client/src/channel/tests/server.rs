@@ -12,29 +12,46 @@ use zerocopy::IntoBytes;
 
 /// What the server does otherwise than it should, and what it saw.
 #[derive(Default)]
-pub(super) struct Script {
-    pub(super) policy: MacPolicy,
-    pub(super) credits: u16,
-    pub(super) wrong_proof: bool,
-    pub(super) bad_mac: bool,
-    pub(super) gap: bool,
-    pub(super) wrong_digest: bool,
-    pub(super) fence_after_bind: bool,
+pub(crate) struct Script {
+    pub(crate) policy: MacPolicy,
+    pub(crate) credits: u16,
+    pub(crate) wrong_proof: bool,
+    pub(crate) bad_mac: bool,
+    pub(crate) gap: bool,
+    pub(crate) wrong_digest: bool,
+    pub(crate) fence_after_bind: bool,
     /// Requests are not answered while this is on.
-    pub(super) hold: bool,
+    pub(crate) hold: bool,
     /// So many are, all the same.
-    pub(super) let_go: usize,
+    pub(crate) let_go: usize,
     /// The next request is answered with this status; signed with the binding's key, or not at all.
-    pub(super) refuse: Option<(Status, bool)>,
+    pub(crate) refuse: Option<(Status, bool)>,
     /// The hello allows transfers of any length.
-    pub(super) boundless: bool,
-    pub(super) held: usize,
-    pub(super) held_max: usize,
-    pub(super) unbinds: usize,
-    pub(super) stop: bool,
+    pub(crate) boundless: bool,
+    pub(crate) held: usize,
+    pub(crate) held_max: usize,
+    pub(crate) unbinds: usize,
+    pub(crate) stop: bool,
+    /// Which run of a data plane this is; 0 for [9; 16].
+    pub(crate) instance: u8,
+    /// What it says to binds and flushes; 0 for 5.
+    pub(crate) verifier: u64,
+    /// Binds made with another secret are refused; `None` for the server's own.
+    pub(crate) secret: Option<BindSecret>,
+    /// The next bind is refused so.
+    pub(crate) refuse_bind: Option<Status>,
+    pub(crate) file: Vec<u8>,
+    /// Reads (r) and writes (w) carried out, by offset.
+    pub(crate) log: Vec<(char, u64)>,
 }
 
-pub(super) struct Server {
+impl Script {
+    fn verifier(&self) -> u64 {
+        if self.verifier == 0 { 5 } else { self.verifier }
+    }
+}
+
+pub(crate) struct Server {
     channel: Box<dyn Channel>,
     pool: Pool,
     script: Arc<Mutex<Script>>,
@@ -47,7 +64,6 @@ pub(super) struct Server {
     waiting: VecDeque<(u32, u32, Todo)>,
     fetches: HashMap<u64, Fetching>,
     next_token: u64,
-    file: Vec<u8>,
 }
 
 /// Binding, request, offset, digest, and the sequence it was made with under a policy that has one.
@@ -61,7 +77,7 @@ enum Todo {
 }
 
 impl Server {
-    pub(super) fn new(
+    pub(crate) fn new(
         channel: Box<dyn Channel>,
         pool: Pool,
         script: Arc<Mutex<Script>>,
@@ -81,15 +97,17 @@ impl Server {
             waiting: VecDeque::new(),
             fetches: HashMap::new(),
             next_token: 100,
-            file: Vec::new(),
         }
     }
 
-    pub(super) fn run(mut self) {
-        let boundless = self.script.lock().boundless;
+    pub(crate) fn run(mut self) {
+        let (boundless, instance) = {
+            let script = self.script.lock();
+            (script.boundless, script.instance)
+        };
         let hello = data::Hello {
             nonce: self.nonce,
-            instance: [9; 16],
+            instance: [if instance == 0 { 9 } else { instance }; 16],
             credits: 1.into(),
             bindings_max: 8.into(),
             inline_max: 4096.into(),
@@ -178,8 +196,12 @@ impl Server {
         if std::mem::take(&mut self.script.lock().gap) {
             self.sent += 1;
         }
-        let reply =
-            data::Reply { status: 0.into(), credits: 1.into(), count: count.into(), verifier: 5.into() };
+        let reply = data::Reply {
+            status: 0.into(),
+            credits: 1.into(),
+            count: count.into(),
+            verifier: self.script.lock().verifier().into(),
+        };
         self.send(Opcode::Reply, binding, request, reply.as_bytes(), digest);
     }
 
@@ -223,16 +245,20 @@ impl Server {
                 status: status.number().into(),
                 credits: 1.into(),
                 count: 0.into(),
-                verifier: 5.into(),
+                verifier: self.script.lock().verifier().into(),
             };
             let binding = if signed { binding } else { 0 };
             return self.send(Opcode::Reply, binding, request, reply.as_bytes(), None);
         }
         match todo {
             Todo::Read(io) => {
-                let start = usize::try_from(io.offset.get()).unwrap().min(self.file.len());
-                let end = (start + io.length.get() as usize).min(self.file.len());
-                let mut bytes = self.file[start..end].to_vec();
+                let mut bytes = {
+                    let mut script = self.script.lock();
+                    script.log.push(('r', io.offset.get()));
+                    let start = usize::try_from(io.offset.get()).unwrap().min(script.file.len());
+                    let end = (start + io.length.get() as usize).min(script.file.len());
+                    script.file[start..end].to_vec()
+                };
                 let key = PayloadKey::new(&self.keys[&binding].to_client, self.policy());
                 // The reply's sequence: the Place carries no frame.
                 let mut digest = key.protect(self.sent, &mut bytes).unwrap();
@@ -276,10 +302,12 @@ impl Server {
         self.reply(binding, request, u32::try_from(length).unwrap(), None);
     }
 
-    fn store(&mut self, offset: u64, bytes: &[u8]) {
-        let start = usize::try_from(offset).unwrap();
-        self.file.resize(self.file.len().max(start + bytes.len()), 0);
-        self.file[start..start + bytes.len()].copy_from_slice(bytes);
+    fn store(&self, offset: u64, bytes: &[u8]) {
+        let mut script = self.script.lock();
+        script.log.push(('w', offset));
+        let (start, file) = (usize::try_from(offset).unwrap(), &mut script.file);
+        file.resize(file.len().max(start + bytes.len()), 0);
+        file[start..start + bytes.len()].copy_from_slice(bytes);
     }
 
     fn bind(&mut self, request: u32, body: &data::Bind, key: &[u8]) {
@@ -310,7 +338,16 @@ impl Server {
             verifier: 0.into(),
             reserved2: [0; 8],
         };
-        if !self.secret.client_proof_is_right(&transcript, &body.proof) {
+        let (secret, refuse, verifier) = {
+            let mut script = self.script.lock();
+            let secret = script.secret.clone().unwrap_or_else(|| self.secret.clone());
+            (secret, script.refuse_bind.take(), script.verifier())
+        };
+        if let Some(status) = refuse {
+            reply.status = status.number().into();
+            return self.send(Opcode::BindReply, 0, request, reply.as_bytes(), None);
+        }
+        if !secret.client_proof_is_right(&transcript, &body.proof) {
             return self.send(Opcode::BindReply, 0, request, reply.as_bytes(), None);
         }
         let number = 256 * u32::from(self.nonce[0]) + 1;
@@ -319,10 +356,10 @@ impl Server {
         reply.status = 0.into();
         reply.credits = self.script.lock().credits.into();
         (reply.access, reply.policy) = (access.bits(), policy.number());
-        (reply.handle, reply.epoch, reply.verifier) = ([7; 16], 3.into(), 5.into());
-        reply.proof = self.secret.server_proof(&answered);
+        (reply.handle, reply.epoch, reply.verifier) = ([7; 16], 3.into(), verifier.into());
+        reply.proof = secret.server_proof(&answered);
         reply.proof[31] ^= u8::from(self.script.lock().wrong_proof);
-        self.keys.insert(number, self.secret.channel_keys(&answered));
+        self.keys.insert(number, secret.channel_keys(&answered));
         self.send(Opcode::BindReply, number, request, reply.as_bytes(), None);
         if self.script.lock().fence_after_bind {
             let notice = data::Notice { status: Status::Fenced.number().into(), reserved: [0; 6] };
