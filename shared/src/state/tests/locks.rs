@@ -306,6 +306,7 @@ fn locks_of_a_detached_open_hold_back_give_way_and_stop_counting() {
                 assert_eq!(refusal(&effects), Status::Busy);
                 assert!(world.ask(second, waits(lock(mine.open, 2, 0, 10), 5000)).is_empty());
                 let effects = world.pass(Duration::from_secs(1));
+                let effects = obey_all(&mut world, effects);
                 assert!(
                     effects.iter().any(|e| matches!(e, Effect::Reply { reply: Reply::Done, .. })),
                     "{effects:?}"

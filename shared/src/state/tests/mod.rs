@@ -2,6 +2,7 @@
 
 mod binds;
 mod crashes;
+mod lives;
 mod locks;
 mod model;
 mod opens;

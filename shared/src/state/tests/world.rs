@@ -113,7 +113,7 @@ impl World {
     }
 
     /// Both processes die, and control comes back with these records; what is to be opened again.
-    fn restart_from(&self, records: &[Record]) -> (Self, Vec<Reopen>) {
+    pub(super) fn restart_from(&self, records: &[Record]) -> (Self, Vec<Reopen>) {
         let mut recovery = self.recovery();
         for record in records {
             recovery.apply(record.clone(), false).unwrap();
