@@ -19,7 +19,8 @@ pub(crate) const HELP: &str = "Exit codes:
   2  the command line is not valid
   3  the server refused the request
   4  the server cannot be reached, or the connection broke
-  5  some of the files were copied, others not (none at all: as the first error)";
+  5  some of the files were copied, others not (none at all: as the first error)
+  6  the file was changed by somebody else while the server was away, or whether the request was carried out is not known";
 
 /// Prints the error, if there is one, and chooses the exit code.
 pub(crate) fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
@@ -51,6 +52,7 @@ fn code(error: &anyhow::Error) -> u8 {
         Some(Error::Refused(_)) => 3,
         Some(Error::Ended { why: Ended::Closed | Ended::Disconnected | Ended::Transport(_), .. }) => 4,
         Some(Error::TimedOut { .. } | Error::Io { .. }) => 4,
+        Some(Error::Changed | Error::Gone { .. } | Error::WriteFateUnknown | Error::FateUnknown { .. }) => 6,
         _ => 1,
     }
 }
@@ -77,6 +79,8 @@ mod tests {
             assert_eq!(code(&anyhow::Error::new(refused).context("x")), wanted);
         }
         assert_eq!(code(&Error::Ended { what: "channel", why: Ended::Disconnected }.into()), 4);
+        assert_eq!(code(&anyhow::Error::new(Error::Changed).context("x")), 6);
+        assert_eq!(code(&Error::FateUnknown { what: "remove" }.into()), 6);
         assert_eq!(code(&Partial { failed: 1, total: 2 }.into()), 5);
         assert_eq!(code(&anyhow::anyhow!("x")), 1);
     }

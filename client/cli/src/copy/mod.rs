@@ -10,8 +10,13 @@
 //!
 //! A file appears under its name only when it is complete and flushed: until then it is
 //! `.holdfast-<random>.part` beside it, and an interrupted copy removes that again.
+//!
+//! A server that goes away is waited for (`recovery` in client.toml), and the copy goes on where it was. What its host's
+//! memory has lost is sent again; names whose fate is unknown are looked at ([`settle`]); a file that somebody else
+//! changed meanwhile fails.
 
 mod download;
+mod settle;
 mod tally;
 mod upload;
 
@@ -75,9 +80,9 @@ impl Shared {
 
     /// Reports what could not be copied and goes on, unless nothing more can be.
     fn failed(&self, what: &str, error: anyhow::Error) -> anyhow::Result<()> {
-        let dead = self.channel.get().is_some_and(|channel| channel.ended().is_some());
+        // A channel that breaks is connected again by whoever needs it next.
         let given_up =
-            dead || *self.cancelled.borrow() || error.is::<NoChannel>() || crate::exit::is_connection(&error);
+            *self.cancelled.borrow() || error.is::<NoChannel>() || crate::exit::is_connection(&error);
         if given_up {
             return Err(error.context(format!("the copy was given up at {what}")));
         }

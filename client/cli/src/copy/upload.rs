@@ -1,11 +1,11 @@
 //! From this machine to a volume.
 
-use super::{Job, Shared, Targets, check_whole, part_name, plan_job};
+use super::{Job, Shared, Targets, check_whole, part_name, plan_job, settle};
 use crate::names::make_all;
 use crate::remote::Remote;
 use anyhow::{Context, bail};
 use holdfast_client::stream::Streamer;
-use holdfast_client::{Changes, FileKind, FileTime, Open, OpenOptions, Status};
+use holdfast_client::{Changes, Error, FileKind, FileTime, Open, OpenOptions, Status};
 use std::fs::Metadata;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -181,12 +181,15 @@ async fn symlink(shared: &Shared, path: &Path, to: &Remote) -> anyhow::Result<()
     let target = std::fs::read_link(path)?;
     let text = target.to_str().context("the link's text is not UTF-8")?;
     match shared.session.make_symlink(&to.place(), text).await {
-        Err(error) if error.status() == Some(Status::Exists) => {
+        // Also one that was made, or not: it is put in its own place.
+        Err(error)
+            if error.status() == Some(Status::Exists) || matches!(error, Error::FateUnknown { .. }) =>
+        {
             // Replaced at once, so that there is never no link.
             let part = beside(to)?;
-            shared.session.make_symlink(&part.place(), text).await?;
-            if let Err(error) = shared.session.rename(&part.place(), &to.place(), false).await {
-                let _ = shared.session.remove(&part.place()).await;
+            settle::symlink(&shared.session, &part.place(), text).await?;
+            if let Err(error) = settle::rename(&shared.session, &part.place(), &to.place()).await {
+                let _ = settle::remove(&shared.session, &part.place()).await;
                 return Err(error.into());
             }
             Ok(())
@@ -218,11 +221,7 @@ pub(super) async fn file(shared: &Shared, job: &File, streamer: &mut Streamer) -
     };
     if done.is_err() {
         // The error that is told is the first.
-        let lost = match shared.session.remove(&part.place()).await {
-            Err(error) => error.status() != Some(Status::NotFound),
-            Ok(()) => false,
-        };
-        if lost {
+        if settle::remove(&shared.session, &part.place()).await.is_err() {
             shared.left.lock().unwrap_or_else(PoisonError::into_inner).push(part);
         }
     }
@@ -259,20 +258,26 @@ async fn transfer(
     if size > 0 || source.unsized_bytes {
         let binding = open.bind(shared.channel(&open).await?).await?;
         shared.tally.bind();
-        let progress = shared.tally.progress();
-        if source.unsized_bytes {
-            streamer.upload(&source.file, &binding, u64::MAX, progress).await?;
-        } else {
-            check_whole(streamer.upload(&source.file, &binding, size, progress).await?, size)?;
-        }
-        if shared.flush {
-            binding.flush().await?;
+        let mut progress = shared.tally.progress();
+        loop {
+            if source.unsized_bytes {
+                streamer.upload(&source.file, &binding, u64::MAX, progress).await?;
+            } else {
+                check_whole(streamer.upload(&source.file, &binding, size, progress).await?, size)?;
+            }
+            let flushed = if shared.flush { binding.flush().await } else { Ok(()) };
+            let Err(Error::WritesLost) = flushed else { break flushed? };
+            // The server's host was restarted under it: all of it again, as nobody knows which bytes it had kept. They were
+            // counted before.
+            open.accept_lost_writes();
+            progress = Arc::new(|_| ());
         }
         binding.unbind().await?;
     }
     open.set_attributes(&changes(&source.metadata)).await?;
     open.close().await?;
-    shared.session.rename(&part.place(), &job.to.place(), false).await.with_context(|| job.to.to_string())?;
+    let renamed = settle::rename(&shared.session, &part.place(), &job.to.place()).await;
+    renamed.with_context(|| job.to.to_string())?;
     Ok(())
 }
 
