@@ -13,8 +13,6 @@
 
 mod dataplane;
 mod reopen;
-#[cfg(test)]
-mod tests;
 
 pub use dataplane::{Registered, living};
 pub use reopen::{Found, Sources, reopen};

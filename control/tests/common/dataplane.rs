@@ -30,10 +30,15 @@ impl Dataplane {
     }
 
     pub fn connect_to(link: &std::path::Path) -> Self {
+        Self::try_connect_to(link).expect("a link")
+    }
+
+    /// `None` if nobody listens there.
+    pub fn try_connect_to(link: &std::path::Path) -> Option<Self> {
         let socket =
             socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        connect(&socket, &SocketAddrUnix::new(link).unwrap()).unwrap();
-        Self::of(socket)
+        connect(&socket, &SocketAddrUnix::new(link).unwrap()).ok()?;
+        Some(Self::of(socket))
     }
 
     /// On a socket that is connected.
