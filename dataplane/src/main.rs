@@ -119,17 +119,34 @@ fn signals() -> anyhow::Result<UnixStream> {
 }
 
 fn settings(config: &Config) -> anyhow::Result<Settings> {
-    let (mut instance, mut verifier) = ([0; 16], [0; 8]);
-    aws_lc_rs::rand::fill(&mut instance)
-        .and_then(|()| aws_lc_rs::rand::fill(&mut verifier))
-        .ok()
-        .context("no randomness")?;
+    let mut instance = [0; 16];
+    aws_lc_rs::rand::fill(&mut instance).ok().context("no randomness")?;
     Ok(Settings {
         engine: config.engine.clone(),
         limits: config.limits.clone(),
         instance,
-        verifier: u64::from_le_bytes(verifier),
+        verifier: verifier()?,
     })
+}
+
+/// Stands for the page cache, where written and unflushed bytes are: it is lost when the host is started again, and not
+/// when a process is. So it is made of the kernel's boot id, and is the same for every data plane of one boot.
+fn verifier() -> anyhow::Result<u64> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let mut bytes = [0; 8];
+    match std::fs::read(path) {
+        Ok(boot_id) => {
+            let seed = [b"holdfast write verifier ", boot_id.as_slice()].concat();
+            let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &seed);
+            bytes.iter_mut().zip(digest.as_ref()).for_each(|(to, from)| *to = *from);
+        }
+        // Then every restart looks like one of the host: clients repeat more than they need to.
+        Err(error) => {
+            tracing::warn!(%error, path, "no boot id");
+            aws_lc_rs::rand::fill(&mut bytes).ok().context("no randomness")?;
+        }
+    }
+    Ok(u64::from_le_bytes(bytes))
 }
 
 fn ready_line(listeners: &Listeners) -> String {
