@@ -182,8 +182,7 @@ impl Authority {
         id: OperationId,
         asker: Asker,
         principal: Option<Arc<str>>,
-        changes: Changes,
-        request: control::SetAttributes,
+        (changes, request): (Changes, control::SetAttributes),
         result: Result<FileOpened, Refusal>,
         effects: &mut Vec<Effect>,
     ) {

@@ -236,7 +236,7 @@ impl Authority {
         let opening = match stage {
             Stage::Opening(opening) => opening,
             Stage::OpeningForChange(changes, request) => {
-                return self.opened_for_change(id, asker, principal, changes, *request, result, effects);
+                return self.opened_for_change(id, asker, principal, (changes, *request), result, effects);
             }
             stage => return self.operations.insert(id, Operation { asker, principal, stage }),
         };

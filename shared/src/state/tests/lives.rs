@@ -152,6 +152,13 @@ impl Lives {
         }
     }
 
+    /// Sessions of both principals.
+    fn begin(&mut self) {
+        for principal in [true, false, true] {
+            self.step(Step::Begin { principal });
+        }
+    }
+
     fn session(&self, by: usize) -> Option<(SessionId, u8, bool)> {
         let count = self.sessions.len();
         let (id, (key, principal)) = self.sessions.iter().nth(by.checked_rem(count)?)?;
@@ -170,7 +177,8 @@ impl Lives {
     }
 
     fn absorb(&mut self, effects: Vec<Effect>) {
-        for record in self.world.journal[self.seen_records..].to_vec() {
+        let records: Vec<Record> = self.world.journal.iter().skip(self.seen_records).cloned().collect();
+        for record in records {
             match record {
                 Record::Detached(id) => drop(self.changed.insert(id, false)),
                 Record::Resumed(resumed) => {
@@ -428,6 +436,7 @@ impl Lives {
             self.give(Input::LinkUp { service_blob: Vec::new(), held });
         }
         self.changed = detached;
+        self.begin();
     }
 
     fn step(&mut self, step: Step) {
@@ -594,9 +603,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
     #[test]
     fn rsm_11_rsm_13_crs_06_lives_in_any_order_keep_every_promise(
-        steps in proptest::collection::vec(step(), 1..120)
+        steps in proptest::collection::vec(step(), 1..250)
     ) {
         let mut lives = Lives::new();
+        lives.begin();
         for step in steps {
             lives.step(step);
         }
