@@ -11,9 +11,12 @@
 
 use super::table::Binding;
 use super::{Authority, Effect, FileIdentity, LockMode};
-use crate::types::Status;
+use crate::types::{Access, Status};
 use crate::wire::link::{Fence, Held, LinkBinding};
 use std::collections::{BTreeMap, BTreeSet};
+
+/// The last write of a binding that goes on writing.
+const NOW_AND_LATER_NS: u64 = i64::MAX as u64;
 
 impl Authority {
     pub(super) fn link_up(&mut self, service_blob: Vec<u8>, held: Vec<Held>, effects: &mut Vec<Effect>) {
@@ -24,8 +27,11 @@ impl Authority {
         self.strays.clear();
         for held in held.values() {
             if let Some(open) = self.opens.get(held.open) {
+                // One that can write may be writing at this moment: how the file looks was read after it had told its time.
+                let writes = held.access.contains(Access::WRITE);
+                let told = if writes { NOW_AND_LATER_NS } else { held.last_write_ns };
                 let last = last_writes.entry(open.identity).or_default();
-                *last = held.last_write_ns.max(*last);
+                *last = told.max(*last);
             }
             self.meet(held, effects);
         }

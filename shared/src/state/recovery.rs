@@ -359,11 +359,20 @@ impl Authority {
         }
         let reopened: Vec<OpenId> =
             self.opens.iter().filter(|(_, open)| open.reopened.is_some()).map(|(id, _)| *id).collect();
+        let mut writers: BTreeMap<FileIdentity, Vec<OpenId>> = BTreeMap::new();
         for id in &reopened {
             let Some(open) = self.opens.get(*id) else { continue };
             let Some(seen) = open.reopened else { continue };
+            // The mark for a writer that was there when the session was lost may be among what was not durable yet, so
+            // the server's own writes explain nothing if another open could have made them.
+            let writers = writers.entry(open.identity).or_insert_with(|| {
+                let on_file = self.opens.on(open.identity);
+                let writing = on_file.filter(|(_, open)| open.access().contains(Access::WRITE));
+                writing.map(|(id, _)| id).take(2).collect()
+            });
+            let alone = writers.iter().all(|writer| writer == id);
             let own_writes = last_writes.get(&open.identity).copied().unwrap_or(0).max(self.last_write);
-            let own = i64::try_from(own_writes).is_ok_and(|last| seen.changed_ns <= last);
+            let own = alone && i64::try_from(own_writes).is_ok_and(|last| seen.changed_ns <= last);
             if seen != open.evidence && (open.baseline || !own) {
                 self.mark_recovered(*id, effects);
             }
