@@ -117,12 +117,10 @@ impl Explorer<'_> {
         }
         loop {
             let choices = choices(&world, self.small.crash && !path.contains(&Choice::Crash));
-            if path.is_empty() || !self.visited.contains(&digest(&world, &path)) {
-                self.visited.insert(digest(&world, &path));
-                self.seen.states += 1;
-            } else {
+            if !self.visited.insert(digest(&world, &path)) {
                 return Ok(());
             }
+            self.seen.states += 1;
             self.seen.depth = self.seen.depth.max(path.len());
             let Some((first, others)) = choices.split_first() else {
                 self.seen.ends += 1;

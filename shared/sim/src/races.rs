@@ -59,7 +59,7 @@ impl Scene {
             client.scripted = true;
         }
         let mut scene = Self { world };
-        scene.run(20)?;
+        scene.until("a start", World::is_up)?;
         for client in 0..scene.world.clients.len() {
             scene.world.connect(client);
         }
@@ -532,8 +532,13 @@ pub fn unflushed_write(seed: u64) -> Result<(), String> {
     let written = scene.world.clients[0].opens[0].unflushed.clone();
     scene.reboot(true)?;
     scene.connect(0)?;
-    scene.world.resume(0, uid, true, false);
-    scene.idle(&[0])?;
+    for _ in 0..20 {
+        if scene.stands(0, uid) == Some(Stands::Lost) {
+            scene.world.resume(0, uid, true, false);
+            scene.idle(&[0])?;
+            scene.run(100)?;
+        }
+    }
     let open = &scene.world.clients[0].opens[0];
     let told = open.told.as_ref().map_or(0, |told| told.instance);
     if open.unflushed.values().any(|(_, by)| *by == told) || told == 0 {

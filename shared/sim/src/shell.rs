@@ -93,6 +93,24 @@ impl Control {
         }
     }
 
+    /// What decides how it goes on, in words; of the journal only how far it is.
+    pub(crate) fn describe(&self) -> String {
+        format!(
+            "{:?} {:?} {:?} {} {} {:?} {:?} {:?} {:?} {} {}",
+            self.authority,
+            self.backlog,
+            self.numbers,
+            self.journal.next_sequence(),
+            self.journal.committed(),
+            self.files,
+            self.work,
+            self.done,
+            self.timer,
+            self.committing,
+            self.accepting,
+        )
+    }
+
     /// The descriptors that die with it.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = Node> {
         self.files.values().copied()
@@ -454,7 +472,7 @@ impl World {
                 let node = control.files.get(&file).copied();
                 let looked = control.looks.get(&file).cloned();
                 let seen = match (self.setting.broken, node) {
-                    (Some(Broken::StaleEvidence), _) => looked,
+                    (Some(Broken::StaleEvidence), Some(node)) => looked.or_else(|| self.inspected(node)),
                     (_, Some(node)) => self.inspected(node),
                     (_, None) => None,
                 };

@@ -206,12 +206,12 @@ impl World {
 
     /// Everything that decides how it goes on, in words.
     pub(crate) fn describe(&self) -> String {
-        let queue: Vec<(u64, Event)> = self.queue.iter().map(|((at, _), event)| (*at, *event)).collect();
-        let mut queue = queue;
+        let mut queue: Vec<(u64, Event)> = self.queue.iter().map(|((at, _), event)| (*at, *event)).collect();
+        let control = self.control.as_ref().map(crate::shell::Control::describe);
         queue.sort_unstable();
         format!(
             "{:?} {queue:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
-            self.now, self.control, self.plane, self.files, self.link, self.channels, self.net, self.clients
+            self.now, control, self.plane, self.files, self.link, self.channels, self.net, self.clients
         )
     }
 

@@ -15,27 +15,27 @@ fn all(name: &str, small: &Small, limit: u64) -> Seen {
 #[test]
 fn resume_against_open_in_all_orders() {
     let scripts = vec![vec![ALONE, Do::Drop, Do::Resume], vec![ALONE, Do::Close]];
-    let seen = all("resume against open", &Small { scripts, crash: false, broken: None }, 300_000);
+    let seen = all("resume against open", &Small { scripts, crash: false, broken: None }, 25_000);
     assert!(seen.complete && seen.ends > 3, "{seen:?}");
 }
 
 #[test]
 fn resume_against_open_with_a_crash_in_all_orders() {
     let scripts = vec![vec![ALONE, Do::Drop, Do::Resume], vec![ALONE]];
-    all("resume against open, crash", &Small { scripts, crash: true, broken: None }, 20_000);
+    all("resume against open, crash", &Small { scripts, crash: true, broken: None }, 6000);
 }
 
 #[test]
 fn locks_of_two_ranges_with_a_crash_in_all_orders() {
     let scripts = vec![vec![SHARED, Do::Lock(0), Do::Unlock], vec![SHARED, Do::Lock(0), Do::Lock(1)]];
-    all("locks, crash", &Small { scripts, crash: true, broken: None }, 20_000);
+    all("locks, crash", &Small { scripts, crash: true, broken: None }, 6000);
 }
 
 #[test]
 fn writes_against_a_lock_in_all_orders() {
     let scripts = vec![vec![SHARED, Do::Bind, Do::Write(0)], vec![SHARED, Do::Lock(0)]];
     let small = Small { scripts, crash: false, broken: None };
-    all("write against lock", &small, 20_000);
+    all("write against lock", &small, 6000);
     let broken = Small { broken: Some(Broken::BarrierEarly), ..small };
-    assert!(explore(&broken, 20_000).is_err(), "a barrier that is no barrier is not found");
+    assert!(explore(&broken, 6000).is_err(), "a barrier that is no barrier is not found");
 }
