@@ -10,7 +10,7 @@
 
 use super::world::*;
 use crate::journal::record::Record;
-use crate::state::{Effect, FileId, Input};
+use crate::state::{Effect, FileId, Input, OpenView};
 use crate::types::{
     Access, HandleId, HoldClass, IoRule, LockKind, OpenId, SessionId, ShareMode, Verdict, conflicts,
     io_conflict,
@@ -243,6 +243,12 @@ impl Lives {
                 self.let_in(session, resumed.opened, None);
             }
             (Request::Lock(lock), Reply::Done) if !self.over.contains(&lock.open) => {
+                // An answer can reach a session that a later one has superseded already: it says what was.
+                let views = self.world.authority.list_opens(self.world.now, None, 1000);
+                let owns = |view: &OpenView| view.open == lock.open && view.session == Some(session);
+                if !views.iter().any(owns) {
+                    return;
+                }
                 let place = lock.locks[0].range.offset();
                 let inode =
                     self.opens.iter().find(|mine| mine.opened.open == lock.open).map(|mine| mine.inode);
