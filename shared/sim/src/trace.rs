@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 /// Lines that are kept.
-const LINES: usize = 4000;
+const LINES: usize = 200;
 
 #[derive(Debug, Default)]
 pub(crate) struct Trace {
