@@ -21,7 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 /// Rounds for one transport where nobody says otherwise.
-const ROUNDS: u64 = 14;
+const ROUNDS: u64 = 60;
 /// Requests that must be completed after a fault before the next.
 const GO_ON: u64 = 60;
 
@@ -226,6 +226,11 @@ impl Run {
         self.server.until(&format!("back to the baseline {baseline:#?}"), |gauges| {
             baseline.iter().all(|(name, value)| gauges.get(name) == Some(value))
         });
+        // What the journal still knew of would come back now.
+        self.server.kill_both();
+        self.server.await_planes();
+        let gauges = self.server.gauges();
+        assert_eq!((gauges["control.recovered_opens"], gauges["control.recovered_lost"]), (0, 0));
         self.report(rounds, took);
         assert!(self.server.stop().success(), "{}", self.server.log());
     }

@@ -14,6 +14,8 @@ use std::time::Duration;
 /// Blocks of the longest write and read.
 const RUN: u64 = 16;
 const RUN_BYTES: usize = 16 * BLOCK;
+/// Reads of a block that is just being written.
+const MIXED_MAX: u32 = 500;
 /// Longest wait for a lock of another load, which may have been killed with it.
 const LOCK_WAIT: Duration = Duration::from_secs(50);
 
@@ -193,26 +195,46 @@ impl World {
         self.stop.load(SeqCst)
     }
 
-    /// Reads blocks and checks each one.
+    /// Reads blocks and checks each one. A block that is read while it is written may be a mixture (as with any file); then
+    /// it is read again: it must become whole.
     async fn verified(&self, binding: &Binding, region: &Region, first: u64, count: u64) -> Outcome<()> {
-        let index = |n: u64| usize::try_from(first + n).unwrap();
+        let index = |n: usize| usize::try_from(first).unwrap() + n;
         let length = usize::try_from(count).unwrap() * BLOCK;
-        let least: Vec<u64> = (0..count).map(|n| self.acked[index(n)].load(SeqCst)).collect();
-        let start = now();
-        let read = retry!(self.data, binding.read_at(region, 0..length, first * BLOCK as u64))?;
-        let end = now();
         let mut bytes = vec![0; length];
-        region.copy_out(0, &mut bytes[..read]).map_err(text)?;
-        for (n, (block, least)) in bytes.chunks(BLOCK).zip(least).enumerate() {
-            let (number, most) = (first + n as u64, self.issued[index(n as u64)].load(SeqCst));
-            let checked =
-                Stamp::of(block).and_then(|stamp| check_stamp(&self.plan, stamp, number, least, most));
-            if let Err(fault) = checked {
+        let mut again = 0;
+        loop {
+            let load = |all: &[AtomicU64]| -> Vec<u64> {
+                (0..length / BLOCK).map(|n| all[index(n)].load(SeqCst)).collect()
+            };
+            let (least, start) = (load(&self.acked), now());
+            let read = retry!(self.data, binding.read_at(region, 0..length, first * BLOCK as u64))?;
+            let (most, end) = (load(&self.issued), now());
+            bytes.fill(0);
+            region.copy_out(0, &mut bytes[..read]).map_err(text)?;
+            let mut mixed = false;
+            for (n, block) in bytes.chunks(BLOCK).enumerate() {
+                let (number, least, most) = (index(n) as u64, least[n], most[n]);
+                let fault = match Stamp::of(block) {
+                    Err(_) if most > least && again < MIXED_MAX => {
+                        mixed = true;
+                        continue;
+                    }
+                    Err(torn) => torn,
+                    Ok(stamp) => match check_stamp(&self.plan, stamp, number, least, most) {
+                        Ok(()) => continue,
+                        Err(fault) => fault,
+                    },
+                };
                 tell!("e {fault} (block {number}, acknowledged {least}, issued {most})");
             }
+            tell!("r {start} {end}");
+            if !mixed {
+                return Ok(());
+            }
+            again += 1;
+            tell!("n read while it was written");
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        tell!("r {start} {end}");
-        Ok(())
     }
 }
 
