@@ -8,8 +8,8 @@ use common::load::{Load, Plan};
 use common::raw::{Claim, Raw};
 use common::{Deployment, Wish, cut, transport_of, transports};
 use holdfast_client::{
-    Config, Disposition, Error, KeyGrant, LockItem, LockKind, LockOptions, LockRange, Open, OpenId,
-    OpenOptions, Place, Region, ResumeOptions, Session, SessionId, ShareMode, Status, Verdict,
+    Access, Config, Disposition, Error, Event, KeyGrant, LockItem, LockKind, LockOptions, LockRange, Open,
+    OpenId, OpenOptions, Place, Region, ResumeOptions, Session, SessionId, ShareMode, Status, Verdict,
 };
 use holdfast_shared::auth::BindSecret;
 use std::sync::Arc;
@@ -130,7 +130,7 @@ fn rsm_18_a_bindings_outlive_their_session_for_the_linger_time_alone() {
             assert_eq!(raw.reply().status.get(), Status::Ok.number(), "{kind}: right after the loss");
             let fenced = loop {
                 raw.read(&bound, 0, 10, region);
-                let reply = Status::from_number(raw.reply().status.get()).unwrap();
+                let reply = raw.outcome();
                 if reply != Status::Ok {
                     break reply;
                 }
@@ -138,7 +138,7 @@ fn rsm_18_a_bindings_outlive_their_session_for_the_linger_time_alone() {
                 std::thread::sleep(Duration::from_millis(20));
             };
             let after = lost.elapsed();
-            assert!(matches!(fenced, Status::Fenced | Status::NotBound), "{kind}: {fenced:?}");
+            assert!(matches!(fenced, Status::Fenced | Status::SessionGone), "{kind}: {fenced:?}");
             assert!(after >= Duration::from_millis(1400), "{kind}: fenced too early, after {after:?}");
             server.until("no binding is left", |g| g["control.bindings"] == 0);
             let session = connect(&server).await;
@@ -157,16 +157,27 @@ fn rsm_18_b_a_lost_channel_detaches_nothing() {
     runtime().block_on(async {
         let session = connect(&server).await;
         let open = new_file(&session, "stays", ShareMode::NONE).await;
-        let binding = open.bind(&open.connect(transport_of("tcp")).await.unwrap()).await.unwrap();
+        let channel = open.connect(transport_of("tcp")).await.unwrap();
         let region = Region::allocate(4096).unwrap();
-        binding.write_all(&region, 0..4096, 0).await.unwrap();
+        let writer = open.bind(&channel).await.unwrap();
+        writer.write_all(&region, 0..4096, 0).await.unwrap();
+        writer.unbind().await.unwrap();
+        let binding = open.bind_with_access(&channel, Access::READ).await.unwrap();
         let (epoch, before) = (open.epoch(), session.id());
         for _ in 0..5 {
             assert_eq!(cut(std::process::id(), server.port() + 1), 1);
-            binding.write_all(&region, 0..4096, 0).await.unwrap();
+            assert_eq!(binding.read_at(&region, 0..4096, 0).await.unwrap(), 4096);
             assert_eq!(seen(&server, open.id())["state"], "active");
         }
         assert_eq!((open.epoch(), session.id()), (epoch, before));
+        // With a channel that could write, something may be under way still: the client has it fenced, by a resume.
+        let mut events = open.events();
+        let writer = open.bind(&open.connect(transport_of("tcp")).await.unwrap()).await.unwrap();
+        cut(std::process::id(), server.port() + 1);
+        writer.write_all(&region, 0..4096, 0).await.unwrap();
+        let told = events.next().await;
+        let expected = Some(Event::Resumed { verdict: Verdict::Unchanged, locks_kept: true });
+        assert_eq!(told, expected);
         open.close().await.unwrap();
     });
 }
@@ -221,7 +232,7 @@ fn key_07_a_closed_opens_key_is_dead_at_once() {
             let region = live.region();
             open.close().await.unwrap();
             live.read(&bound, 0, 10, region);
-            assert_ne!(live.reply().status.get(), Status::Ok.number(), "{kind}: a handle outlived its open");
+            assert_ne!(live.outcome(), Status::Ok, "{kind}: a handle outlived its open");
             // More channels than workers: whichever has one, it does not know the key any more.
             for _ in 0..6 {
                 assert_eq!(refusal(kind, &grant, &secret), Some(Status::BadKey), "{kind}");

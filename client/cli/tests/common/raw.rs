@@ -165,6 +165,17 @@ impl Raw {
         }
     }
 
+    /// The status of the next reply, or of the notice that comes in its place: of a fence, for one.
+    pub fn outcome(&mut self) -> Status {
+        let message = self.receive().expect("a reply or a notice");
+        let number = match Frame::parse(&message).unwrap().body {
+            Body::Reply(reply) => reply.status.get(),
+            Body::Notice(notice) => notice.status.get(),
+            other => panic!("{other:?}"),
+        };
+        Status::from_number(number).unwrap()
+    }
+
     /// Expects the channel to end, and gives the status of the notice that came first, if one did.
     pub fn end(&mut self) -> Option<Status> {
         let mut status = None;
