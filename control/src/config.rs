@@ -138,7 +138,7 @@ pub struct Limits {
     pub opens_per_principal: usize,
     /// Opens of one session. Default: 65536.
     pub opens_per_session: usize,
-    /// Bindings of one open. Default: 64.
+    /// Bindings of one open, at most 1024: those that outlive a resume stand in one record of the journal. Default: 64.
     pub bindings_per_open: usize,
     /// Operations under way in the file system. Default: 1024.
     pub operations: usize,
@@ -150,7 +150,7 @@ pub struct Limits {
     /// Opens that ended without their client's wish and of which it can still be told; the oldest is forgotten first.
     /// Default: 65536.
     pub tombstones: usize,
-    /// How long that is, seconds. Default: 604800, a week.
+    /// How long that is, seconds; it counts anew at each start of the server, as hold times do. Default: 604800, a week.
     pub tombstone_keep_s: u64,
     /// Locks of one request, at most 1024: they stand in one record of the journal. Default: 64.
     pub locks_per_request: usize,
@@ -438,9 +438,11 @@ impl Config {
         if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0 || *count > 1 << 24) {
             return Err(format!("limits.{name}: must be between 1 and 16777216"));
         }
-        for (name, count) in
-            [("locks_per_request", limits.locks_per_request), ("locks_per_open", limits.locks_per_open)]
-        {
+        for (name, count) in [
+            ("bindings_per_open", limits.bindings_per_open),
+            ("locks_per_request", limits.locks_per_request),
+            ("locks_per_open", limits.locks_per_open),
+        ] {
             if count > 1024 {
                 return Err(format!("limits.{name}: must be at most 1024, as they stand in one record"));
             }
@@ -553,6 +555,7 @@ mod tests {
             ("[limits]\nopens = 0", "limits.opens"),
             ("[limits]\nwait_max_ms = 0", "limits.wait_max_ms"),
             ("[limits]\nlocks_per_open = 1025", "limits.locks_per_open"),
+            ("[limits]\nbindings_per_open = 1025", "limits.bindings_per_open"),
             ("[journal]\ncheckpoint_mib = 0", "journal.checkpoint_mib"),
             ("[journal]\nsyncs = true", "syncs"),
             ("[[volume]]\nname='a'\ndirectory='data'\nhold_ms=2\nhold_max_ms=1", "hold_ms"),

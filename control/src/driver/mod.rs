@@ -155,30 +155,36 @@ impl Driver {
             effects: Vec::new(),
             stopping: None,
         };
-        for event in hands.journal_early {
-            driver.journal_event(event);
-        }
+        // Until it is known which bindings live, the authority hears of nothing but files and what is durable: what else it
+        // hears would settle what was recovered.
+        driver.show_counts();
+        let mut early = hands.journal_early;
         for (open, result) in recovered.reopened {
             driver.input(Input::Reopened { open, result });
             driver.perform_effects();
-            driver.await_journal();
+            driver.await_journal(Some(&mut early));
         }
         match recovered.registered {
             Some((id, registration, packets)) => driver.begin_link(id, *registration, packets),
             // None lives, so nothing of before is under way.
             None => driver.input(Input::LinkLost),
         }
+        for event in early {
+            driver.journal_event(event);
+        }
         driver.perform_effects();
-        driver.await_journal();
-        driver.gauges.show(driver.authority.counts());
+        driver.await_journal(None);
+        driver.show_counts();
         driver
     }
 
-    fn await_journal(&mut self) {
+    /// Waits until the journal has taken most of what is to be written. What else it tells is put into `early`, if given.
+    fn await_journal(&mut self, mut early: Option<&mut Vec<JournalEvent>>) {
         while self.records.waiting() > RECORDS_WAITING_MAX {
-            match self.journal_events.blocking_recv() {
-                Some(event) => self.journal_event(event),
-                None => return,
+            match (self.journal_events.blocking_recv(), &mut early) {
+                (Some(event @ JournalEvent::Room(_)), Some(early)) => early.push(event),
+                (Some(event), _) => self.journal_event(event),
+                (None, _) => return,
             }
             self.perform_effects();
         }
@@ -217,11 +223,12 @@ impl Driver {
                 // A checkpoint goes on behind each event, and while there is none.
                 () = std::future::ready(()), if chunk => {}
             }
+            self.perform_effects();
+            // Behind the records of what has just happened: a chunk tells how things stand after that.
             if chunk {
                 self.records.chunk(&self.authority, &self.gauges);
             }
-            self.perform_effects();
-            self.gauges.show(self.authority.counts());
+            self.show_counts();
             if self.stopping.is_some() && self.records.idle() {
                 break;
             }
@@ -233,6 +240,12 @@ impl Driver {
             let _ = stopping.send(());
         }
         Ok(())
+    }
+
+    fn show_counts(&self) {
+        let counts = self.authority.counts();
+        self.gauges.show(counts);
+        self.records.reserve_for(counts.opens);
     }
 
     fn now(&self) -> Timestamp {

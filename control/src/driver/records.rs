@@ -152,6 +152,11 @@ impl Records {
         self.hand_over();
     }
 
+    /// So many opens there are: space is kept for the end of each.
+    pub(super) fn reserve_for(&self, opens: usize) {
+        self.journal.reserve_for(opens);
+    }
+
     /// Records that the journal has not taken yet.
     pub(super) fn waiting(&self) -> usize {
         self.waiting.len()

@@ -18,7 +18,7 @@ mod tests;
 mod writer;
 
 pub use disk::FileDisk;
-pub use writer::{AppendError, Journal, JournalEvent, Kind, QUEUE_BYTES_MAX};
+pub use writer::{AppendError, Journal, JournalEvent, Kind, QUEUE_BYTES_MAX, RELEASE_BYTES_PER_OPEN};
 
 use holdfast_shared::journal::{Disk, Options, RELEASE_RESERVE_BYTES, RecoverError, Recovered, Recovery};
 use holdfast_shared::types::ClusterId;
@@ -46,12 +46,18 @@ impl Default for Settings {
 impl Settings {
     fn options(&self) -> Options {
         Options {
-            // What waits in the queue when the disk turns out to be full still fits, and releases after it.
-            reserve_bytes: QUEUE_BYTES_MAX as u64 + RELEASE_RESERVE_BYTES,
+            reserve_bytes: reserve_bytes(0),
             checkpoint_bytes: u64::from(self.checkpoint_mib) << 20,
             ..Options::default()
         }
     }
+}
+
+/// Bytes that are kept on the disk while there are so many opens: what waits in the queue when the disk turns out to be full
+/// still fits, and after it the end of every open.
+fn reserve_bytes(opens: u64) -> u64 {
+    let releases = opens.saturating_mul(RELEASE_BYTES_PER_OPEN).max(RELEASE_RESERVE_BYTES);
+    releases.saturating_add(QUEUE_BYTES_MAX as u64)
 }
 
 /// Why there is no journal.
@@ -128,5 +134,5 @@ where
     D::File: Send,
 {
     let engine = recovery.start(generation, settings.options())?;
-    Journal::start(engine, events).map_err(OpenError::Thread)
+    Journal::start(engine, events, QUEUE_BYTES_MAX).map_err(OpenError::Thread)
 }

@@ -1,8 +1,8 @@
 //! The thread that writes, and the handle by which the driver feeds it.
 //!
 //! ```text
-//!  append ─► queue ─► taken as a whole ─► append each ─► commit ─► Persisted(n)
-//!                                            │ disk full         └► room? checkpoint due?
+//!  append ─► queue ─► taken as a whole ─► append each ─► commit ─► room? Persisted(n), checkpoint due?
+//!                                            │ disk full
 //!                                            └► Room(false); what waits, waits until there is space
 //! ```
 //!
@@ -17,6 +17,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 /// Bytes of ordinary records that may be appended and not yet durable. Releasing records may take as much again.
 pub const QUEUE_BYTES_MAX: usize = 1 << 20;
+/// Bytes that are kept on the disk for records of an open that its client or its end makes: that it is detached, how its file
+/// looked, that somebody else may have changed it, that it is closed, and the frames around them.
+pub const RELEASE_BYTES_PER_OPEN: u64 = 256;
 /// How often a full disk is asked whether it still is.
 const RETRY: Duration = Duration::from_millis(100);
 /// How long after a checkpoint that found no space the next is tried.
@@ -76,6 +79,8 @@ struct Queue {
     commands: Vec<Command>,
     /// Bytes of records that are appended and not durable.
     bytes: usize,
+    /// See [`Journal::reserve_for`].
+    opens: usize,
     full: bool,
     failed: bool,
     stop: bool,
@@ -90,6 +95,8 @@ struct Shared {
 /// The journal as the driver sees it. Dropped, it writes what is queued and stops.
 pub struct Journal {
     shared: Arc<Shared>,
+    /// See [`QUEUE_BYTES_MAX`].
+    queue_bytes_max: usize,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -103,6 +110,7 @@ impl Journal {
     pub(super) fn start<D>(
         engine: engine::Journal<D>,
         events: UnboundedSender<JournalEvent>,
+        queue_bytes_max: usize,
     ) -> std::io::Result<Self>
     where
         D: Disk + Send + 'static,
@@ -110,10 +118,17 @@ impl Journal {
     {
         let shared = Arc::new(Shared::default());
         let reported = engine.committed();
-        let mut writer =
-            Writer { engine, shared: shared.clone(), events, reported, last_refused: None, wanted: false };
+        let mut writer = Writer {
+            engine,
+            shared: shared.clone(),
+            events,
+            reported,
+            appended: 0,
+            last_refused: None,
+            wanted: false,
+        };
         let thread = std::thread::Builder::new().name("journal".into()).spawn(move || writer.run())?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, queue_bytes_max, thread: Some(thread) })
     }
 
     /// Queues a record; never blocks. Numbers rise by one, from one more than the last that was read back.
@@ -129,8 +144,8 @@ impl Journal {
         let limit = match kind {
             _ if queue.failed => return Err(AppendError::Failed),
             Kind::Ordinary if queue.full => return Err(AppendError::Full),
-            Kind::Ordinary => QUEUE_BYTES_MAX,
-            Kind::Releasing => 2 * QUEUE_BYTES_MAX,
+            Kind::Ordinary => self.queue_bytes_max,
+            Kind::Releasing => 2 * self.queue_bytes_max,
         };
         if queue.bytes + framed > limit {
             return Err(AppendError::Busy);
@@ -138,6 +153,11 @@ impl Journal {
         queue.bytes += framed;
         self.push(queue, Command::Append(sequence, payload));
         Ok(())
+    }
+
+    /// Says how many opens there are: from the next write on, [`RELEASE_BYTES_PER_OPEN`] are kept for the end of each.
+    pub fn reserve_for(&self, opens: usize) {
+        self.shared.queue.lock().opens = opens;
     }
 
     /// Asks for a checkpoint now; one that is due begins by itself. [`JournalEvent::CheckpointBegun`] follows.
@@ -180,6 +200,8 @@ struct Writer<D: Disk> {
     events: UnboundedSender<JournalEvent>,
     /// The number of the last record that was reported as persisted.
     reported: u64,
+    /// Bytes of records that the engine has and that are not durable.
+    appended: usize,
     /// When a checkpoint found no space.
     last_refused: Option<Instant>,
     /// Somebody asked for a checkpoint.
@@ -200,14 +222,14 @@ impl<D: Disk> Writer<D> {
     }
 
     fn serve(&mut self) -> Result<(), WriteError> {
-        self.after_commit(0)?;
+        self.settle()?;
+        self.checkpoint_if_due()?;
         while let Some(commands) = self.next() {
-            let mut bytes = 0;
             for command in commands {
                 match command {
                     Command::Append(sequence, payload) => {
-                        bytes += framed_bytes(payload.len());
                         self.persevere(|engine| engine.append(sequence, &payload))?;
+                        self.appended += framed_bytes(payload.len());
                     }
                     Command::BeginCheckpoint => self.wanted = true,
                     Command::EndCheckpoint => match self.persevere(engine::Journal::end_checkpoint) {
@@ -219,7 +241,7 @@ impl<D: Disk> Writer<D> {
                 }
             }
             self.commit()?;
-            self.after_commit(bytes)?;
+            self.checkpoint_if_due()?;
         }
         Ok(())
     }
@@ -252,7 +274,7 @@ impl<D: Disk> Writer<D> {
                     self.room_is(false, 0);
                     // What was taken must not wait for what cannot be.
                     match self.engine.commit() {
-                        Ok(committed) => self.committed(committed),
+                        Ok(committed) => self.committed(committed)?,
                         Err(WriteError::Full) => {}
                         Err(error) => return Err(error),
                     }
@@ -277,10 +299,7 @@ impl<D: Disk> Writer<D> {
         // A full disk at a write is met by file systems that give new blocks each time; the same bytes are tried again.
         loop {
             match self.engine.commit() {
-                Ok(committed) => {
-                    self.committed(committed);
-                    return Ok(());
-                }
+                Ok(committed) => return self.committed(committed),
                 Err(WriteError::Full) => {
                     self.room_is(false, 0);
                     self.wait_for_space()?;
@@ -290,7 +309,10 @@ impl<D: Disk> Writer<D> {
         }
     }
 
-    fn committed(&mut self, committed: engine::Committed) {
+    /// Everything that the engine had is durable. The queue is lowered before that is told: who found it full waits for just that
+    /// event, and tries again at once.
+    fn committed(&mut self, committed: engine::Committed) -> Result<(), WriteError> {
+        self.settle()?;
         if committed.through > self.reported {
             self.reported = committed.through;
             self.tell(JournalEvent::Persisted(committed.through));
@@ -298,6 +320,18 @@ impl<D: Disk> Writer<D> {
         if committed.checkpoint_done {
             self.tell(JournalEvent::CheckpointDone);
         }
+        Ok(())
+    }
+
+    /// Takes what is durable out of the queue, and finds out whether there is room for more: in the same breath, so that never
+    /// more ordinary records come than the reserve was made for.
+    fn settle(&mut self) -> Result<(), WriteError> {
+        let opens = u64::try_from(self.shared.queue.lock().opens).unwrap_or(u64::MAX);
+        self.engine.set_reserve(super::reserve_bytes(opens));
+        let room = self.engine.room()? == Room::Free;
+        let durable = std::mem::take(&mut self.appended);
+        self.room_is(room, durable);
+        Ok(())
     }
 
     /// Takes note of whether there is room, of `bytes` that are durable, and tells of a change.
@@ -312,11 +346,8 @@ impl<D: Disk> Writer<D> {
         }
     }
 
-    /// `bytes` of records are durable. Whether there is room for more is said in the same breath, so that never more
-    /// ordinary records come than the reserve was made for.
-    fn after_commit(&mut self, bytes: usize) -> Result<(), WriteError> {
-        let room = self.engine.room()? == Room::Free;
-        self.room_is(room, bytes);
+    fn checkpoint_if_due(&mut self) -> Result<(), WriteError> {
+        let room = !self.shared.queue.lock().full;
         let patient = self.last_refused.is_some_and(|refused| refused.elapsed() < CHECKPOINT_RETRY);
         if room && !patient && (self.wanted || self.engine.should_checkpoint()) {
             match self.engine.begin_checkpoint() {

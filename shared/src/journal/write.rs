@@ -170,7 +170,7 @@ impl<D: Disk> Journal<D> {
             return Err(WriteError::CommitFirst);
         }
         let needed = self.segment_end() + framed as u64;
-        let wanted = needed + self.options.reserve();
+        let wanted = needed.saturating_add(self.options.reserve());
         // A full disk is not asked again for each record: that is for `room`, unless this one does not fit.
         if wanted > self.segment.allocated && (!self.full || needed > self.segment.allocated) {
             self.extend(wanted)?;
@@ -185,7 +185,7 @@ impl<D: Disk> Journal<D> {
 
     /// Tries to have `wanted` bytes allocated, and a step more.
     fn extend(&mut self, wanted: u64) -> Result<(), WriteError> {
-        let to = [wanted + self.options.step_bytes, wanted];
+        let to = [wanted.saturating_add(self.options.step_bytes), wanted];
         match allocate(&self.disk, &self.segment.file, self.segment.allocated, to) {
             Ok(allocated) => {
                 self.segment.allocated = allocated;
@@ -200,13 +200,19 @@ impl<D: Disk> Journal<D> {
         }
     }
 
+    /// How much space is to be kept allocated from now on, bytes; at least [`super::RELEASE_RESERVE_BYTES`]. It is asked for with the
+    /// next append or [`Journal::room`].
+    pub fn set_reserve(&mut self, bytes: u64) {
+        self.options.reserve_bytes = bytes;
+    }
+
     /// Whether there is room beyond the reserve; a full disk is asked again each time.
     ///
     /// # Errors
     /// [`WriteError::Failed`].
     pub fn room(&mut self) -> Result<Room, WriteError> {
         self.alive()?;
-        let wanted = self.segment_end() + self.options.reserve();
+        let wanted = self.segment_end().saturating_add(self.options.reserve());
         if wanted > self.segment.allocated {
             self.extend(wanted)?;
         } else {
