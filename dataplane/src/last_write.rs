@@ -1,14 +1,14 @@
 //! When this data plane last changed any file: a number that outlives the process.
 //!
 //! ```text
-//!   write returned ──► clock ──► binding's own time (told to control in `Held`)
-//!                        └─────► the file `last-write` beside the link socket ──► control, when both planes have died
-//!                                        │
-//!                                        └ before the client is told that its write is done
+//!   write begins ───► clock + AHEAD ──► the file `last-write` beside the link socket ──► control, when both planes have died
+//!   write returned ─► clock ──┬──────►  the same (unless another write is under way), before its client is told
+//!                             └──► binding's own time (told to control in `Held`)
 //! ```
 //!
 //! Control compares it with a file's time of change: what was changed later was changed by somebody else. The clock is
-//! the precise one, read after the write: the kernel stamps files from a coarser one, which is never ahead.
+//! the precise one, read after the write: the kernel stamps files from a coarser one, which is never ahead. A process that is
+//! killed within a write leaves a time ahead of it, so that its own last write is never taken for somebody else's.
 
 use holdfast_verbs::memory::MappedWord;
 use std::fs::OpenOptions;
@@ -16,6 +16,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const FILE: &str = "last-write";
@@ -25,9 +26,33 @@ pub fn last_write_path(link: &Path) -> PathBuf {
     link.with_file_name(FILE)
 }
 
+/// How long after its begin a write may still change a file's times. What somebody else does within it, after a write that
+/// did not return because both planes died, is not told from that write.
+const AHEAD_NS: u64 = 100_000_000;
+
 /// Of one data plane. Until [`LastWrite::keep_in`] it is kept nowhere.
 #[derive(Debug, Default)]
-pub struct LastWrite(OnceLock<MappedWord>);
+pub struct LastWrite {
+    word: OnceLock<MappedWord>,
+    under_way: AtomicU64,
+}
+
+/// A write that is about to be made.
+#[must_use]
+pub(crate) struct Writing<'a>(&'a LastWrite);
+
+impl Writing<'_> {
+    /// It has returned. The time, for its binding. No lock, no allocation, no system call.
+    pub(crate) fn returned(self) -> u64 {
+        let now = wall_clock_ns();
+        let last = self.0.under_way.fetch_sub(1, Ordering::AcqRel) == 1;
+        if let Some(word) = self.0.word.get() {
+            // A write that begins just now may lose its time ahead so. That errs towards telling of a change.
+            if last { word.set(now) } else { word.raise(now) }
+        }
+        now
+    }
+}
 
 impl LastWrite {
     /// From now on the file has it. A number in it that lies ahead, from before the clock was set back, becomes the time now:
@@ -36,7 +61,7 @@ impl LastWrite {
     /// # Errors
     /// The kernel's, when the file can't be made or mapped.
     pub fn keep_in(&self, path: &Path) -> io::Result<()> {
-        if self.0.get().is_some() {
+        if self.word.get().is_some() {
             return Ok(());
         }
         let mut options = OpenOptions::new();
@@ -46,17 +71,17 @@ impl LastWrite {
         if word.read() > now {
             word.set(now);
         }
-        let _ = self.0.set(word);
+        let _ = self.word.set(word);
         Ok(())
     }
 
-    /// A write has returned. The time, for its binding. No lock, no allocation, no system call.
-    pub(crate) fn written(&self) -> u64 {
-        let now = wall_clock_ns();
-        if let Some(word) = self.0.get() {
-            word.raise(now);
+    /// A write is about to be made: to be called before it, and [`Writing::returned`] after it.
+    pub(crate) fn begin(&self) -> Writing<'_> {
+        self.under_way.fetch_add(1, Ordering::AcqRel);
+        if let Some(word) = self.word.get() {
+            word.raise(wall_clock_ns().saturating_add(AHEAD_NS));
         }
-        now
+        Writing(self)
     }
 }
 
@@ -80,10 +105,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = last_write_path(&directory.path().join("link.sock"));
         let last = LastWrite::default();
-        let before = last.written();
+        let before = last.begin().returned();
         last.keep_in(&path).unwrap();
         assert_eq!(content(&path), 0);
-        let written = last.written();
+        let (first, second) = (last.begin(), last.begin());
+        let ahead = content(&path);
+        assert!(ahead > wall_clock_ns(), "what is under way is covered: a kill within it leaves this");
+        first.returned();
+        assert!(content(&path) >= ahead, "and stays so while another is");
+        let written = second.returned();
         assert!(written >= before && content(&path) == written);
         drop(last);
         let next = LastWrite::default();

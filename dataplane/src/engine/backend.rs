@@ -13,7 +13,7 @@
 use super::inbox::Inbox;
 use super::latch::Latch;
 use crate::gauges::Gauges;
-use crate::last_write::LastWrite;
+use crate::last_write::{LastWrite, Writing};
 use crate::limiter::Limiter;
 use crossbeam::queue::ArrayQueue;
 use holdfast_shared::types::Status;
@@ -234,6 +234,7 @@ fn run(mut job: Job, last_write: &LastWrite) -> Done {
     let length = job.range.len();
     let mut done = job.done;
     let mut failed = None;
+    let writing = (job.work == Work::Write).then(|| last_write.begin());
     match (job.work, job.buffer.as_mut()) {
         (Work::Flush { data_only }, _) => {
             failed = match &job.latch {
@@ -265,7 +266,7 @@ fn run(mut job: Job, last_write: &LastWrite) -> Done {
         }
         (_, None) => failed = Some(io::ErrorKind::InvalidInput.into()),
     }
-    let written_ns = if job.work == Work::Write { last_write.written() } else { 0 };
+    let written_ns = writing.map_or(0, Writing::returned);
     let progress = match failed {
         None => Progress::Complete(done),
         Some(error) => {

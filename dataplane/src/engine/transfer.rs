@@ -166,8 +166,10 @@ impl Conn {
             (Err(_), _) => Progress::Failed(0, Status::Integrity),
             (Ok(()), None) => Progress::Failed(0, Status::Fenced),
             (Ok(()), Some(file)) => {
+                let writing = cx.last_write.begin();
                 let progress = write_now(&**file, &message[payload.clone()], request.offset);
-                self.written(request.binding, cx.last_write.written());
+                let ns = writing.returned();
+                self.written(request.binding, ns);
                 progress
             }
         };
@@ -250,8 +252,9 @@ impl Conn {
                 match binding.payload_in.check(request.sequence, data, request.digest.as_ref()) {
                     Err(_) => Progress::Failed(0, Status::Integrity),
                     Ok(()) => {
+                        let writing = cx.last_write.begin();
                         let progress = write_now(&**file, data, request.offset + u64::from(piece));
-                        binding.last_write_ns = cx.last_write.written();
+                        binding.last_write_ns = writing.returned();
                         progress
                     }
                 }
