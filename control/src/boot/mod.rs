@@ -169,6 +169,12 @@ fn durable(events: &mut UnboundedReceiver<JournalEvent>, sequence: u64) -> anyho
         match events.blocking_recv() {
             Some(JournalEvent::Persisted(through)) if through >= sequence => return Ok(others),
             Some(JournalEvent::Failed(words)) => anyhow::bail!("the journal: {words}"),
+            Some(full @ JournalEvent::Room(false)) => {
+                tracing::error!(
+                    "the journal's disk is full: if not even this start's record fits, it waits for room"
+                );
+                others.push(full);
+            }
             Some(other) => others.push(other),
             None => anyhow::bail!("the journal has ended"),
         }

@@ -14,6 +14,10 @@ mod dataplane;
 mod files;
 mod operator;
 mod records;
+#[cfg(test)]
+mod records_tests;
+#[cfg(test)]
+mod tests;
 
 use crate::errno::refusal;
 use crate::gauges::Gauges;

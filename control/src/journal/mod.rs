@@ -14,6 +14,8 @@
 
 mod disk;
 #[cfg(test)]
+mod room_tests;
+#[cfg(test)]
 mod tests;
 mod writer;
 
@@ -133,6 +135,21 @@ where
     D: Disk + Send + 'static,
     D::File: Send,
 {
+    start_with_queue(recovery, generation, settings, events, QUEUE_BYTES_MAX)
+}
+
+/// The same, with so many bytes in the queue.
+pub(crate) fn start_with_queue<D>(
+    recovery: Recovery<D>,
+    generation: u64,
+    settings: &Settings,
+    events: UnboundedSender<JournalEvent>,
+    queue_bytes_max: usize,
+) -> Result<Journal, OpenError>
+where
+    D: Disk + Send + 'static,
+    D::File: Send,
+{
     let engine = recovery.start(generation, settings.options())?;
-    Journal::start(engine, events, QUEUE_BYTES_MAX).map_err(OpenError::Thread)
+    Journal::start(engine, events, queue_bytes_max).map_err(OpenError::Thread)
 }

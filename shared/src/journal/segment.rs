@@ -81,7 +81,7 @@ impl<F> Segment<F> {
         let file = disk.create(name)?;
         let least = HEADER_BYTES as u64 + options.reserve();
         let allocated = match allocate(disk, &file, 0, [least + options.step_bytes, least]) {
-            Err(DiskError::NoSpace) if bare => HEADER_BYTES as u64,
+            Err(DiskError::NoSpace) if bare => what_there_is(disk, &file, least)?,
             done => done?,
         };
         let encoded = header.encode();
@@ -91,6 +91,18 @@ impl<F> Segment<F> {
         let end = HEADER_BYTES as u64;
         Ok(Self { name: name.to_owned(), file, salt: Header::salt(&encoded), end, allocated })
     }
+}
+
+/// Allocates a part of what a segment should have, as large as there is space for.
+fn what_there_is<D: Disk>(disk: &D, file: &D::File, least: u64) -> Result<u64, DiskError> {
+    let mut length = least / 2;
+    while length > HEADER_BYTES as u64 {
+        match disk.allocate(file, 0, length) {
+            Err(DiskError::NoSpace) => length /= 2,
+            done => return done.map(|()| length),
+        }
+    }
+    Ok(HEADER_BYTES as u64)
 }
 
 /// Allocates up to the first length for which there is space.

@@ -17,6 +17,8 @@ use super::segment::{Older, Options, Segment, allocate};
 
 /// Appended bytes that may wait for a commit.
 pub const PENDING_BYTES_MAX: usize = 4 << 20;
+/// Space that is taken at once where a whole step is not to be had, bytes.
+const SCRAPE_BYTES: u64 = 64 * 1024;
 /// More segments than this call for a checkpoint too: each start makes one.
 const SEGMENTS_MAX: usize = 64;
 
@@ -176,6 +178,9 @@ impl<D: Disk> Journal<D> {
             self.extend(wanted)?;
         }
         if needed > self.segment.allocated {
+            self.scrape(needed)?;
+        }
+        if needed > self.segment.allocated {
             return Err(WriteError::Full);
         }
         let head = FrameHead { kind, length: payload.len(), sequence, batch: self.segment.end };
@@ -198,6 +203,17 @@ impl<D: Disk> Journal<D> {
             }
             Err(error) => Err(self.fail("allocate space", &error)),
         }
+    }
+
+    /// Takes what little there is, where the reserve could not be had and is used up.
+    fn scrape(&mut self, needed: u64) -> Result<(), WriteError> {
+        let to = [needed.saturating_add(SCRAPE_BYTES), needed];
+        match allocate(&self.disk, &self.segment.file, self.segment.allocated, to) {
+            Ok(allocated) => self.segment.allocated = allocated,
+            Err(DiskError::NoSpace) => {}
+            Err(error) => return Err(self.fail("allocate space", &error)),
+        }
+        Ok(())
     }
 
     /// How much space is to be kept allocated from now on, bytes; at least [`super::RELEASE_RESERVE_BYTES`]. It is asked for with the
