@@ -6,8 +6,8 @@ mod common;
 
 use common::Server;
 use common::client::{Client, held, open, resume};
-use holdfast_shared::types::{Status, Verdict};
-use holdfast_shared::wire::control::{Opened, Request};
+use holdfast_shared::types::{LockRange, Status, Verdict};
+use holdfast_shared::wire::control::{Opened, Reply, Request, Unlock};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -174,8 +174,8 @@ async fn crs_12_with_a_full_disk_nothing_is_granted_and_everything_can_be_closed
     loop {
         assert!(Instant::now() < end, "still granted after {}", granted.len());
         match client.ask(Request::Open(held(&format!("f{}", granted.len())))).await {
-            holdfast_shared::wire::control::Reply::Opened(opened) => granted.push(opened),
-            holdfast_shared::wire::control::Reply::Refused(refusal) => {
+            Reply::Opened(opened) => granted.push(opened),
+            Reply::Refused(refusal) => {
                 assert_eq!(refusal.status, Status::NoSpace);
                 break;
             }
@@ -193,4 +193,76 @@ async fn crs_12_with_a_full_disk_nothing_is_granted_and_everything_can_be_closed
     server.await_gauge("journal_full", 0);
     client.open(open("again")).await;
     client.close(kept.open).await;
+}
+
+/// Ends a process that is not ready in time, so that its test fails instead of waiting.
+fn watch(pid: u32) -> std::sync::Arc<std::sync::atomic::AtomicBool> {
+    let ready = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let seen = ready.clone();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(20));
+        let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        if let (false, Some(pid)) = (seen.load(std::sync::atomic::Ordering::Relaxed), pid) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    });
+    ready
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crs_12_a_start_on_a_full_disk_has_every_open_and_lets_it_be_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = tempfile::tempdir().unwrap();
+    let Some(_disk) = SmallDisk::mount(disk.path(), 8 * 1024) else {
+        println!("skipped: mounting is not allowed here");
+        return;
+    };
+    let limits = format!("[journal]\ndirectory = '{}/journal'", disk.path().display());
+    let mut server = Server::in_directory(dir, &limits);
+    let mut client = Client::connect(&server, "writer").await;
+    let mut opens = Vec::new();
+    for n in 0..8 {
+        opens.push(client.open(held(&format!("kept{n}"))).await);
+    }
+    let filler = std::fs::File::create(disk.path().join("filler")).unwrap();
+    let mut at = 0;
+    let mut fill = || {
+        while filler.write_all_at(&[1; 4096], at).is_ok() {
+            at += 4096;
+        }
+    };
+    fill();
+    // What the journal took ahead is used up.
+    let end = Instant::now() + Duration::from_secs(60);
+    for round in 1.. {
+        assert!(Instant::now() < end, "locks are still granted");
+        let (open, owner) = (opens[0].open, 1);
+        match client.ask(common::client::lock(open, 2 * round, 0, 1)).await {
+            Reply::Done => {}
+            Reply::Refused(refusal) if refusal.status == Status::NoSpace => break,
+            other => panic!("{other:?}"),
+        }
+        let ranges = vec![LockRange::new(0, 1).unwrap()];
+        let unlock = Unlock { open, sequence: 2 * round + 1, owner, ranges };
+        assert_eq!(client.ask(Request::Unlock(unlock)).await, Reply::Done);
+    }
+    server.kill();
+    fill();
+    let starting = server.begin(&[]);
+    let ready = watch(starting.0.id());
+    let line = starting.ready(&mut server);
+    ready.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(line["recovered"], opens.len());
+    assert_eq!(server.gauge("journal_full"), 1);
+    let mut client = Client::connect(&server, "writer").await;
+    assert_eq!(client.refused(Request::Open(held("another"))).await, Status::NoSpace);
+    assert_eq!(client.refused(resume(&opens[0])).await, Status::NoSpace);
+    drop(filler);
+    std::fs::remove_file(disk.path().join("filler")).unwrap();
+    server.await_gauge("journal_full", 0);
+    for opened in &opens {
+        let back = client.resumed(opened).await;
+        assert_eq!(back.verdict, Verdict::Unchanged);
+        client.close(opened.open).await;
+    }
 }
