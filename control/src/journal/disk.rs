@@ -21,6 +21,14 @@ pub struct FileDisk {
     sync: bool,
 }
 
+impl Drop for FileDisk {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that is being spawned at this moment has a copy of the descriptor until it runs its
+        // program, and the lock would live on with it.
+        let _ = flock(&self.directory, FlockOperation::Unlock);
+    }
+}
+
 fn failed(error: impl Into<std::io::Error>) -> DiskError {
     let error = error.into();
     match error.raw_os_error().map(Errno::from_raw_os_error) {
@@ -147,6 +155,18 @@ impl Disk for FileDisk {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_lock_ends_with_the_journal_even_if_a_child_has_a_copy_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let disk = FileDisk::open(&path, true).unwrap();
+        assert!(FileDisk::open(&path, true).is_err(), "it is in use");
+        let copy = disk.directory.try_clone().unwrap();
+        drop(disk);
+        FileDisk::open(&path, true).unwrap();
+        drop(copy);
+    }
 
     #[test]
     fn files_are_private_and_their_space_is_taken_either_way() {
