@@ -87,7 +87,7 @@ impl Known {
             }
         }
         for (name, volume) in volumes {
-            if let Some(reached) = on_root(volume, cluster) {
+            if let Mark::Start(reached) = on_root(volume, cluster) {
                 known.saw(reached, || format!("volume {name:?}"));
             }
         }
@@ -152,13 +152,31 @@ pub fn confirm<'v>(
     Ok(state.write(FILE, format!("{generation} {generation}\n").as_bytes())?)
 }
 
+/// What a volume's root bears.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mark {
+    /// This start of this cluster.
+    Start(u64),
+    /// Nothing of this cluster.
+    None,
+    /// It cannot bear anything, or not to our knowledge.
+    Impossible,
+}
+
 /// What a volume's root says of this cluster.
-fn on_root(volume: &Volume, cluster: ClusterId) -> Option<u64> {
+pub fn on_root(volume: &Volume, cluster: ClusterId) -> Mark {
+    let Some(root) = volume.readable_root() else { return Mark::Impossible };
     let mut value = [0; 64];
-    let length = rustix::fs::fgetxattr(volume.readable_root()?, ATTRIBUTE, &mut value).ok()?;
-    let text = std::str::from_utf8(value.get(..length)?).ok()?;
-    let (whose, generation) = text.split_once(' ')?;
-    (whose == cluster.to_string()).then(|| generation.parse().ok()).flatten()
+    let length = match rustix::fs::fgetxattr(root, ATTRIBUTE, &mut value) {
+        Ok(length) => length,
+        Err(rustix::io::Errno::NODATA) => return Mark::None,
+        Err(_) => return Mark::Impossible,
+    };
+    let text = value.get(..length).and_then(|value| std::str::from_utf8(value).ok());
+    let start = text
+        .and_then(|text| text.split_once(' '))
+        .and_then(|(whose, start)| (whose == cluster.to_string()).then(|| start.parse().ok()).flatten());
+    start.map_or(Mark::None, Mark::Start)
 }
 
 #[cfg(test)]

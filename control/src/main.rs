@@ -36,6 +36,10 @@ struct Arguments {
     /// resume key is BadKey. The old journal is set aside, not removed
     #[arg(long)]
     accept_journal_loss: bool,
+    /// Start though a volume is missing, or not configured any more, of which opens are recorded. Files that are not
+    /// found are lost then, and their clients are told so
+    #[arg(long)]
+    accept_lost_volumes: bool,
 }
 
 /// Exit code after a panic: our own bug, so a supervisor starts us anew.
@@ -77,6 +81,7 @@ fn run() -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     let options = Options {
         accept_journal_loss: arguments.accept_journal_loss,
+        accept_lost_volumes: arguments.accept_lost_volumes,
         inherited,
         notify: std::env::var_os("NOTIFY_SOCKET"),
     };

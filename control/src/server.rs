@@ -55,6 +55,8 @@ pub struct Ready {
 pub struct Options {
     /// Start anew where the journal is damaged, lost or older than it was.
     pub accept_journal_loss: bool,
+    /// Start though volumes are missing of which opens are recorded: those are lost.
+    pub accept_lost_volumes: bool,
     /// Descriptors that the supervisor kept, with their names.
     pub inherited: Vec<(String, OwnedFd)>,
     /// The supervisor's notify socket.
@@ -101,6 +103,7 @@ pub async fn run(
         rules,
         gauges: gauges.clone(),
         accept_journal_loss: options.accept_journal_loss,
+        accept_lost_volumes: options.accept_lost_volumes,
     };
     let recover = async {
         let read = tokio::task::spawn_blocking(move || plan.read_journal().map(|read| (plan.state, read)));

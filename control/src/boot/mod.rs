@@ -12,6 +12,7 @@
 //! or older than it was does end it, because clients rely on what is no longer known.
 
 mod dataplane;
+mod guard;
 mod reopen;
 
 pub use dataplane::{Registered, living};
@@ -28,7 +29,7 @@ use anyhow::Context;
 use holdfast_shared::journal::record::{Record, Started};
 use holdfast_shared::journal::{PAYLOAD_BYTES_MAX, RecoverError, Recovered};
 use holdfast_shared::state::{Authority, Recovery, Reopen, VolumeRules};
-use holdfast_shared::types::VolumeId;
+use holdfast_shared::types::{ClusterId, VolumeId};
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use std::collections::HashMap;
 use std::path::Path;
@@ -54,6 +55,8 @@ pub struct Plan {
     pub gauges: Arc<Gauges>,
     /// The operator accepts that a journal is lost.
     pub accept_journal_loss: bool,
+    /// The operator accepts that volumes are lost of which opens are recorded.
+    pub accept_lost_volumes: bool,
 }
 
 /// What the journal said, and the journal, ready for more.
@@ -132,17 +135,19 @@ impl Plan {
             if self.accept_journal_loss && !anew {
                 tracing::info!("--accept-journal-loss was not needed: the journal is whole");
             }
+            let started = summary.last_sequence.saturating_add(1);
+            let (mut authority, reopens) = recovery.finish(started);
+            // Before anything is written: a root that is not the volume must not bear this start.
+            self.guard(&reopens, summary.generation, cluster)?;
             known.claim(&self.state, generation)?;
             let (teller, mut events) = unbounded_channel();
             let journal = journal::start(read, generation, &settings, teller)?;
-            let started = summary.last_sequence.saturating_add(1);
             let record = to_cbor(&Record::Started(Started { generation, wall_ms: wall_ms() }));
             journal.append(started, record, Kind::Releasing).context("the journal")?;
             let early = durable(&mut events, started)?;
             generation::confirm(&self.state, cluster, generation, self.named())?;
             self.gauges.journal_bytes.store(summary.bytes, Relaxed);
             self.gauges.journal_segments.store(summary.segments as u64 + 1, Relaxed);
-            let (mut authority, reopens) = recovery.finish(started);
             authority.set_last_write(self.state.last_write_ns());
             tracing::info!(
                 generation,
@@ -159,6 +164,29 @@ impl Plan {
                 events,
             });
         }
+    }
+}
+
+impl Plan {
+    /// Ends the start if volumes are missing of which opens are recorded.
+    fn guard(&self, reopens: &[Reopen], journal: u64, cluster: ClusterId) -> anyhow::Result<()> {
+        let missing = guard::missing(reopens, journal, |id| {
+            let name = &self.rules.iter().find(|rule| rule.id == id)?.name;
+            let volume = self.volumes.get(&id)?;
+            Some(guard::Candidate { name, volume, mark: generation::on_root(volume, cluster) })
+        });
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let missing = missing.join("; ");
+        if self.accept_lost_volumes {
+            tracing::warn!("{missing}");
+            return Ok(());
+        }
+        anyhow::bail!(
+            "{missing}. Or start once with --accept-lost-volumes: what is not found is then lost for good, and its \
+             clients are told so"
+        )
     }
 }
 

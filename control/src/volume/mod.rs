@@ -99,6 +99,11 @@ impl Volume {
         self.mount.as_ref()
     }
 
+    /// The root's device, as identities of files have it; none if the kernel does not say.
+    pub fn device(&self) -> Option<u64> {
+        stat(&self.root).ok().map(|stat| identity(&stat).device)
+    }
+
     /// Size and room of its file system.
     ///
     /// # Errors
