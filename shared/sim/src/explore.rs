@@ -54,8 +54,11 @@ pub enum Do {
 pub struct Small {
     /// What each client does.
     pub scripts: Vec<Vec<Do>>,
-    /// Whether control dies, once, at any point.
+    /// Whether control dies, once, at any point. Clients then come back and take back what they had.
     pub crash: bool,
+    /// Whether time passes: the next timer is one more thing that may happen. Else only what is due happens, what is asked
+    /// of the file system is done at once, and what the disk has written is known at once.
+    pub time: bool,
     /// What is broken on purpose.
     pub broken: Option<Broken>,
 }
@@ -116,7 +119,8 @@ impl Explorer<'_> {
             take(&mut world, *choice, &path)?;
         }
         loop {
-            let choices = choices(&world, self.small.crash && !path.contains(&Choice::Crash));
+            let crash = self.small.crash && !path.contains(&Choice::Crash);
+            let choices = choices(&world, crash, self.small.time);
             if !self.visited.insert(digest(&world, &path)) {
                 return Ok(());
             }
@@ -159,6 +163,7 @@ fn start(small: &Small) -> World {
     };
     let mut world = World::new(1, setting, false);
     world.scripted = true;
+    world.returning = small.crash;
     for (client, script) in world.clients.iter_mut().zip(&small.scripts) {
         client.scripted = true;
         client.script = script.iter().rev().copied().collect();
@@ -183,14 +188,16 @@ fn start(small: &Small) -> World {
 }
 
 /// What may happen next, each kind once. What only one client sees happens first.
-fn choices(world: &World, crash: bool) -> Vec<Choice> {
+fn choices(world: &World, crash: bool, time: bool) -> Vec<Choice> {
     let mut all: Vec<Choice> =
         world.pending().iter().filter_map(|key| world.event(*key)).map(Choice::Event).collect();
     let private = |choice: &Choice| {
         matches!(
             choice,
             Choice::Event(Event::ToClient(_) | Event::ClientSees(_) | Event::ChannelDown(_) | Event::Act(_))
-        )
+                // That a file was looked at is known as soon as it was: what comes between is seen as before or after.
+                | Choice::Event(Event::Answer { .. })
+        ) || !time && matches!(choice, Choice::Event(Event::Execute { .. } | Event::Durable { .. }))
     };
     if let Some(first) = all.iter().copied().find(private) {
         return vec![first];
@@ -198,7 +205,7 @@ fn choices(world: &World, crash: bool) -> Vec<Choice> {
     // Cutting off is for transfers that are stuck; here none is.
     all.retain(|choice| !matches!(choice, Choice::Event(Event::CutOff { .. })));
     // Far timers (tombstones, overdue fences) are nothing to wait for.
-    let far = world.now + 120_000 * MS;
+    let far = if time { world.now + 120_000 * MS } else { world.now + 1 };
     all.retain(|choice| {
         let Choice::Event(event @ Event::Timer { .. }) = choice else { return true };
         world.when(*event).is_some_and(|at| at < far)
@@ -250,7 +257,9 @@ impl World {
             return;
         }
         if there.conn.is_none() {
-            if there.script.is_empty() {
+            let lost = self.returning && there.opens.iter().any(|open| open.stands != Stands::Dead);
+            let accepting = self.control.as_ref().is_some_and(|control| control.accepting);
+            if there.script.is_empty() && !lost || !accepting {
                 return;
             }
             return self.connect(client);
@@ -261,6 +270,10 @@ impl World {
             .any(|open| open.bound.iter().any(|bound| bound.handle.is_none() || !bound.under_way.is_empty()));
         if there.session.is_none() || busy {
             return;
+        }
+        let back = there.opens.iter().find(|open| open.stands == Stands::Lost).map(|open| open.uid);
+        if let (Some(uid), true) = (back, self.returning) {
+            return self.resume(client, uid, false, true);
         }
         let Some(next) = there.script.pop() else { return };
         let first = there.opens.first().map(|open| (open.uid, open.stands));

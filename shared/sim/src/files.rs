@@ -42,6 +42,8 @@ pub(crate) struct Change {
     pub(crate) by: Actor,
     /// True if the file's evidence is not what it was.
     pub(crate) shows: bool,
+    /// True if a power cut has undone it, and its traces with it.
+    pub(crate) undone: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -56,6 +58,8 @@ pub(crate) struct File {
     pub(crate) identity: FileIdentity,
     seen: Content,
     durable: Content,
+    /// How many changes there were at the last sync.
+    synced: usize,
     pub(crate) history: Vec<Change>,
     /// The change by which each tag first landed.
     landed: BTreeMap<u64, usize>,
@@ -112,6 +116,7 @@ impl Files {
             identity: FileIdentity { device: 1, inode, generation: self.last },
             seen: content.clone(),
             durable: content,
+            synced: 0,
             history: Vec::new(),
             landed: BTreeMap::new(),
             links: 1,
@@ -174,7 +179,7 @@ impl Files {
             file.seen.evidence.modified_ns = file.seen.evidence.modified_ns.max(stamp);
         }
         let shows = file.seen.evidence != before;
-        file.history.push(Change { by, shows });
+        file.history.push(Change { by, shows, undone: false });
         true
     }
 
@@ -207,7 +212,7 @@ impl Files {
             file.seen.evidence.size = before.size.max((block + 1) * BLOCK);
             file.seen.evidence.changed_ns = before.changed_ns.max(stamp);
             let shows = file.seen.evidence != before;
-            file.history.push(Change { by: Actor::Outside, shows });
+            file.history.push(Change { by: Actor::Outside, shows, undone: false });
         }
     }
 
@@ -218,6 +223,7 @@ impl Files {
     pub(crate) fn sync(&mut self, node: Node) {
         if let Some(file) = self.nodes.get_mut(&node) {
             file.durable = file.seen.clone();
+            file.synced = file.history.len();
         }
     }
 
@@ -254,7 +260,10 @@ impl Files {
             }
             if (new && !torn) || rng.once_in(2) {
                 after.evidence = file.seen.evidence;
+            } else {
+                file.history.iter_mut().skip(file.synced).for_each(|change| change.undone = !new);
             }
+            file.synced = file.history.len();
             file.seen.clone_from(&after);
             file.durable = after;
         }

@@ -531,6 +531,7 @@ pub fn unflushed_write(seed: u64) -> Result<(), String> {
     scene.write(0, uid)?;
     let written = scene.world.clients[0].opens[0].unflushed.clone();
     scene.reboot(true)?;
+    scene.until("the client's loss", |world| world.clients[0].conn.is_none())?;
     scene.connect(0)?;
     for _ in 0..20 {
         if scene.stands(0, uid) == Some(Stands::Lost) {

@@ -11,6 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub struct Failure {
     /// The seed that repeats it.
     pub seed: u64,
+    /// With how many events before peace.
+    pub steps: u64,
     /// After how many events.
     pub step: u64,
     /// What was broken.
@@ -21,8 +23,9 @@ pub struct Failure {
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { seed, step, words, trace } = self;
-        write!(f, "{trace}\nseed {seed} step {step}: {words}\nrepeat it with: ci/sim --seed {seed} --trace")
+        let Self { seed, steps, step, words, trace } = self;
+        let again = format!("ci/sim --seed {seed} --steps {steps} --trace");
+        write!(f, "{trace}\nseed {seed} step {step}: {words}\nrepeat it with: {again}")
     }
 }
 
@@ -71,12 +74,12 @@ pub fn run_with(seed: u64, steps: u64, setting: &Setting) -> Result<Done, Box<Fa
 /// As [`run`].
 pub fn trace(seed: u64, steps: u64) -> Result<String, Box<Failure>> {
     let mut world = World::new(seed, Setting::of_seed(seed), true);
-    drive(&mut world, steps).map_err(|words| failure(&world, seed, words))?;
+    drive(&mut world, steps).map_err(|words| failure(&world, seed, steps, words))?;
     Ok(world.trace.text())
 }
 
-fn failure(world: &World, seed: u64, words: String) -> Box<Failure> {
-    Box::new(Failure { seed, step: world.step, words, trace: world.trace.text() })
+fn failure(world: &World, seed: u64, steps: u64, words: String) -> Box<Failure> {
+    Box::new(Failure { seed, steps, step: world.step, words, trace: world.trace.text() })
 }
 
 fn attempt(seed: u64, steps: u64, setting: &Setting, traced: bool) -> Result<Done, Failure> {
@@ -98,7 +101,7 @@ fn attempt(seed: u64, steps: u64, setting: &Setting, traced: bool) -> Result<Don
             format!("panic: {}", words.unwrap_or_default())
         }
     };
-    Err(*failure(&world, seed, words))
+    Err(*failure(&world, seed, steps, words))
 }
 
 fn broken(world: &World) -> Result<(), String> {

@@ -103,6 +103,8 @@ pub(crate) struct World {
     pub(crate) healing: bool,
     /// Delays are zero, and the caller chooses what happens next.
     pub(crate) scripted: bool,
+    /// Clients with a script take back what they have lost before they go on with it.
+    pub(crate) returning: bool,
     /// The authority's invariants are checked after one input in so many.
     pub(crate) check_every: u64,
     inputs: u64,
@@ -135,6 +137,7 @@ impl World {
             trace: Trace::new(traced),
             healing: false,
             scripted: false,
+            returning: false,
             check_every: 1,
             inputs: 0,
             timeout_effects: 0,
@@ -453,7 +456,7 @@ impl World {
         let client = channel.client;
         channel.cut = true;
         channel.down.clear();
-        if self.rng.once_in(2) || self.healing {
+        if self.scripted || self.rng.once_in(2) || self.healing {
             channel.up.clear();
         }
         let delay = self.delay(5 * MS, 30 * MS);
@@ -698,6 +701,8 @@ impl World {
         self.control = Some(Control::new(life, authority, journal, reopen));
         if self.plane.is_none() {
             self.reopen(&BTreeMap::new());
+            // None lives, so nothing of before is under way.
+            self.give(Input::LinkLost);
             self.accept();
         }
     }
@@ -757,6 +762,11 @@ impl World {
         }
         let (sight, oracle) = self.sight();
         oracle.recovered(&sight, &listed);
+        if self.scripted {
+            for client in 0..self.clients.len() {
+                self.after(0, Event::Act(client));
+            }
+        }
     }
 
     /// Control's process ends: its memory and descriptors are gone, its connections break.

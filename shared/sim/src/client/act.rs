@@ -308,7 +308,7 @@ impl World {
     }
 
     pub(crate) fn lock(&mut self, client: usize, uid: Uid, locks: Vec<LockItem>, wait_ms: Option<u64>) {
-        let owner = self.rng.below(2);
+        let owner = if self.scripted { 0 } else { self.rng.below(2) };
         let Some(open) = self.clients.get_mut(client).and_then(|there| there.open_mut(uid)) else { return };
         let (Some(told), None) = (&open.told, &open.change) else { return };
         open.sequence += 1;
@@ -324,7 +324,8 @@ impl World {
             return;
         };
         let (Some(told), None) = (&open.told, &open.change) else { return };
-        let Some((owner, item)) = self.rng.pick(&open.locks).copied() else { return };
+        let first = open.locks.first().filter(|_| self.scripted).copied();
+        let Some((owner, item)) = first.or_else(|| self.rng.pick(&open.locks).copied()) else { return };
         let sequence = open.sequence + 1;
         let unlock = Unlock { open: told.open, sequence, owner, ranges: vec![item.range] };
         if let Some(open) = self.clients.get_mut(client).and_then(|there| there.open_mut(uid)) {

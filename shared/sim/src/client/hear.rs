@@ -1,7 +1,7 @@
 //! What a client makes of answers, and of connections that break.
 
 use super::{Asked, Bound, Change, Stands, Told};
-use crate::net::ConnNo;
+use crate::net::{self, ConnNo};
 use crate::oracle::MS;
 use crate::plane::{ChannelNo, Io, Say};
 use crate::shell::session_key;
@@ -56,7 +56,7 @@ impl World {
             }
             Asked::Lock(uid, sequence) => self.lock_answered(client, uid, sequence, &reply),
             Asked::Unlock(uid, sequence) => self.unlock_answered(client, uid, sequence, &reply),
-            Asked::Resume(uid) => self.resume_answered(client, uid, reply),
+            Asked::Resume(uid) => self.resume_answered(client, conn, uid, reply),
             Asked::Logoff => {
                 for open in &mut there.opens {
                     open.stands = Stands::Dead;
@@ -92,7 +92,7 @@ impl World {
         open.tries = 0;
         let key = opened.key.resume_key.clone();
         // Somebody else gets hold of a key now and then.
-        if self.rng.once_in(10) {
+        if !self.scripted && self.rng.once_in(10) {
             let thief = self.rng.index(self.clients.len());
             if let Some(thief) = self.clients.get_mut(thief).filter(|thief| thief.number != client) {
                 thief.loot.push(key);
@@ -146,7 +146,7 @@ impl World {
         }
     }
 
-    fn resume_answered(&mut self, client: usize, uid: u64, reply: Reply) {
+    fn resume_answered(&mut self, client: usize, conn: ConnNo, uid: u64, reply: Reply) {
         let Some(open) = self.clients.get_mut(client).and_then(|there| there.open_mut(uid)) else { return };
         match reply {
             Reply::Resumed(resumed) => {
@@ -166,6 +166,7 @@ impl World {
                     });
                 }
                 self.got_open(client, uid, &resumed.opened);
+                self.oracle.heard(net::session_of(conn), resumed.opened.open);
                 for channel in dropped {
                     self.cut_channel(channel);
                 }

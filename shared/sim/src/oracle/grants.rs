@@ -1,6 +1,6 @@
 //! Opens: nothing that conflicts stands beside a protected open, and nothing of an ended one lands.
 
-use super::{Ended, Oracle, Sight};
+use super::{CLOSED, Ended, Oracle, Sight};
 use crate::files::{Actor, Node};
 use holdfast_shared::types::{Access, HandleId, OpenId, SessionId, ShareMode, conflicts};
 use holdfast_shared::wire::control::Opened;
@@ -22,9 +22,7 @@ impl Oracle {
         fact.told = true;
         fact.hold_ms = opened.hold_ms;
         fact.class = opened.class;
-        // The request may be repeated in a later session before it is answered: then both hear of the same open.
-        let twin = again && fact.told_at == sight.now && fact.bindings.is_empty();
-        let moved = again && !twin && (fact.session != Some(session) || fact.detached.is_some());
+        let moved = again && (fact.session != Some(session) || fact.detached.is_some());
         fact.told_at = sight.now;
         if moved && opened.epoch <= fact.epoch {
             let fact = fact.clone();
@@ -32,6 +30,7 @@ impl Oracle {
         }
         fact.epoch = opened.epoch;
         fact.resuming = false;
+        fact.unheard = false;
         fact.session = Some(session);
         fact.detached = None;
         fact.closing = leaving;
@@ -80,6 +79,13 @@ impl Oracle {
         fact.locks.clear();
         fact.bury_bindings("its close was answered", &[]);
         self.no_bindings(sight, open, &[], "its close is answered");
+        self.closed.push_back(open);
+        if self.closed.len() > CLOSED {
+            if let Some(fact) = self.closed.pop_front().and_then(|oldest| self.facts.remove(&oldest)) {
+                self.creates.retain(|_, open| self.facts.contains_key(open));
+                drop(fact);
+            }
+        }
     }
 
     /// The data plane has no binding of the open but those of `keep`.

@@ -11,7 +11,7 @@ impl Oracle {
             return self.fail(|| format!("a lock of {} is told, which is not there", lock.open));
         };
         if fact.forced {
-            // The operator closed it after it was locked, and before that could be told.
+            // It was locked, and everybody obeyed; while that was being written the operator closed it.
             return;
         }
         if fact.ended.is_some() || fact.given_away || fact.tombstone.is_some() {
@@ -38,10 +38,7 @@ impl Oracle {
         for other in in_the_way {
             self.give_away(sight, other, lock.open, "a lock that conflicts with one of its own is told");
         }
-        // A lock that is told while its open is being closed is over already.
-        if self.facts.get(&lock.open).is_some_and(|fact| !fact.closing && !fact.forced) {
-            self.quiet_under(sight, lock);
-        }
+        self.quiet_under(sight, lock);
     }
 
     /// When a lock is told, nothing that it forbids is in flight.

@@ -24,8 +24,10 @@ use holdfast_shared::types::{
 };
 use holdfast_shared::wire::control::{Reply, Request};
 use holdfast_shared::wire::link::LinkBinding;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+/// Opens that were closed and are remembered.
+const CLOSED: usize = 200;
 /// Nanoseconds of a millisecond.
 pub(crate) const MS: u64 = 1_000_000;
 
@@ -88,6 +90,10 @@ pub(super) struct Fact {
     pub(super) untouched: bool,
     /// A resume was decided, and its answer has not left yet.
     pub(super) resuming: bool,
+    /// A resume was answered, and its client has not heard the answer: what changed before concerns it still.
+    pub(super) unheard: bool,
+    /// A resume was answered, and the server does not know yet that the client has heard it: it may tell a change twice.
+    pub(super) unproven: bool,
 }
 
 impl Fact {
@@ -145,6 +151,8 @@ pub(crate) struct Oracle {
     keys: BTreeMap<Vec<u8>, OpenId>,
     forced: BTreeSet<OpenId>,
     lost: BTreeSet<OpenId>,
+    /// Opens whose close was answered, the oldest first: so many are remembered.
+    closed: VecDeque<OpenId>,
     /// Sessions that have asked to end.
     leaving: BTreeSet<SessionId>,
     /// Until then somebody may be changing names or sizes.
@@ -219,9 +227,21 @@ impl Oracle {
         }
         fact.detached = Some(sight.now);
         fact.closing |= fact.hold_ms == 0;
+        if std::mem::take(&mut fact.unheard) {
+            // For its client it has been away all the while.
+            fact.untouched = false;
+            return;
+        }
         let server = fact.node.map_or(0, |node| sight.files.changes(node));
         fact.window = Window { server, outside: None };
-        fact.untouched = !writers && !recovering && sight.now > meddled;
+        fact.untouched = !writers && !recovering && !fact.unproven && sight.now > meddled;
+    }
+
+    /// A client hears that its open was resumed.
+    pub(crate) fn heard(&mut self, session: SessionId, open: OpenId) {
+        if let Some(fact) = self.facts.get_mut(&open).filter(|fact| fact.session == Some(session)) {
+            fact.unheard &= fact.detached.is_some();
+        }
     }
 
     /// True if another open of the file may write.
@@ -330,6 +350,8 @@ impl Oracle {
                     epoch: 0,
                     untouched: false,
                     resuming: false,
+                    unheard: false,
+                    unproven: false,
                 };
                 let (node, writes) = (fact.node, fact.access.contains(Access::WRITE));
                 self.facts.entry(opened.open).or_insert(fact);
@@ -348,6 +370,11 @@ impl Oracle {
             Record::Resumed(resumed) => {
                 if let Some(fact) = self.facts.get_mut(&resumed.open) {
                     fact.resuming = true;
+                }
+            }
+            Record::Heard(open) => {
+                if let Some(fact) = self.facts.get_mut(open) {
+                    fact.unproven = false;
                 }
             }
             Record::Baseline(open, _) => {
@@ -432,16 +459,12 @@ impl Oracle {
                         let locks = listed.locks;
                         failed.get_or_insert(format!("{open} has {locks} locks after a restart: {fact:?}"));
                     }
-                    if fact.closing {
-                        // Its client wanted it closed, so its locks were nothing to rely on any more.
-                        fact.locks.iter_mut().for_each(|lock| lock.releasing = true);
-                    }
                     fact.resuming = false;
                     fact.closing &= fact.hold_ms == 0;
                     fact.forced &= fact.tombstone.is_some();
                     self.forced.remove(open);
                     let server = fact.node.map_or(0, |node| sight.files.changes(node));
-                    if fact.detached.is_none() {
+                    if fact.detached.is_none() && !std::mem::take(&mut fact.unheard) {
                         fact.window = Window { server, outside: None };
                     }
                     fact.detached = Some(sight.now);
@@ -484,7 +507,9 @@ impl Oracle {
             (Request::Lock(lock), Reply::Done) => self.locked(sight, lock),
             (Request::Unlock(unlock), Reply::Done) => self.unlocked(unlock),
             (Request::Unlock(unlock), Reply::Refused(_)) => {
-                if let Some(fact) = self.facts.get_mut(&unlock.open) {
+                // One that is refused because its open is over may have been executed.
+                let fact = self.facts.get_mut(&unlock.open).filter(|fact| !fact.closing && !fact.forced);
+                if let Some(fact) = fact {
                     releasing(&mut fact.locks, unlock.owner, &unlock.ranges, false);
                 }
             }

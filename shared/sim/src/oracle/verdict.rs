@@ -11,7 +11,8 @@ impl Oracle {
     fn changed_by_others(&self, sight: &Sight<'_>, open: OpenId, until: usize) -> Option<String> {
         let fact = self.facts.get(&open)?;
         let file = sight.files.get(fact.node?)?;
-        let foreign = file.history.iter().enumerate().take(until).find(|(number, change)| match change.by {
+        let lasting = file.history.iter().enumerate().take(until).filter(|(_, change)| !change.undone);
+        let foreign = lasting.into_iter().find(|(number, change)| match change.by {
             Actor::Binding(by, _) | Actor::Open(by) => by != open && *number >= fact.window.server,
             Actor::Control => *number >= fact.window.server,
             Actor::Unknown => false,
@@ -85,6 +86,7 @@ impl Oracle {
             fact.told = true;
             fact.epoch = resumed.opened.epoch;
             fact.resuming = false;
+            (fact.unheard, fact.unproven) = (true, true);
             fact.session = Some(session);
             fact.detached = None;
             fact.closing = leaving;
