@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Started ─ Opened ─ Locked ─ Unlocked ─ Detached ─ Baseline ─ Marked ─ Resumed ─ Closed
+//!                                              │                    └── Heard
 //!                                              └──── Tombstone ─ Forgotten
 //! ```
 //!
@@ -12,7 +13,7 @@
 //! journal alone authenticates nobody.
 
 use crate::auth::MacPolicy;
-use crate::state::FileIdentity;
+use crate::state::{FileIdentity, LockMode};
 use crate::types::{
     Evidence, GoneReason, HandleId, HoldClass, LockItem, LockRange, OpenId, ProcessId, VolumeId,
 };
@@ -55,6 +56,9 @@ pub enum Record {
     /// A tombstone's time is over.
     #[n(10)]
     Forgotten(#[n(0)] OpenId),
+    /// The client of a resumed open has shown that it knows the answer: what was changed before concerns it no more.
+    #[n(11)]
+    Heard(#[n(0)] OpenId),
 }
 
 /// See [`Record::Started`].
@@ -137,6 +141,20 @@ pub struct OpenRecord {
     /// Handles of bindings that outlived a resume: they count as current, whatever their epoch.
     #[n(21)]
     pub kept: Vec<HandleId>,
+    /// True if it was resumed and its client may not know of that yet: `evidence`, `baseline` and `marked` are those of
+    /// the time when it was detached, and go on.
+    #[cbor(n(22), default)]
+    pub unheard: bool,
+    /// True while the file's old content is still to be discarded, as the request wants. Nobody has been answered yet: after a
+    /// crash the open never was.
+    #[cbor(n(23), default)]
+    pub truncating: bool,
+    /// What its locks mean, whatever the configuration says later; `None` if that is to be asked.
+    #[n(24)]
+    pub lock_mode: Option<LockMode>,
+    /// The name that goes with the last open of the file: an earlier one, which is closed, asked for that.
+    #[n(25)]
+    pub remove: Option<(VolumeId, String)>,
 }
 
 /// Silent about challenge and sealed secret.
@@ -170,6 +188,10 @@ pub struct ResumedRecord {
     /// See [`OpenRecord::kept`].
     #[n(4)]
     pub kept: Vec<HandleId>,
+    /// Whether the answer says that the file was changed; `None` if it says nothing of that. Until [`Record::Heard`] the
+    /// answer may be lost, and the next one must say no less.
+    #[n(5)]
+    pub changed: Option<bool>,
 }
 
 /// See [`Record::Locked`].

@@ -25,6 +25,25 @@ pub(super) struct Rules {
     pub(super) version: u64,
     /// The highest that dataplane has confirmed.
     pub(super) confirmed: u64,
+    /// The record that the latest rules which forbid less than those before rely on: after a crash that it does not survive,
+    /// the lock is back, and dataplane must never have let go of it.
+    pub(super) loosened: u64,
+}
+
+/// True if the old rules forbid something that the new ones allow. Both are ordered and disjoint.
+fn loosens(old: &[IoRule], new: &[IoRule]) -> bool {
+    old.iter().any(|old| {
+        // How far the new rules forbid all that the old one does.
+        let mut covered = old.range.offset();
+        let first = new.partition_point(|rule| rule.range.end() <= covered);
+        for rule in new.iter().skip(first).take_while(|rule| rule.range.offset() < old.range.end()) {
+            if rule.range.offset() > covered || !rule.deny.contains(old.deny) {
+                return true;
+            }
+            covered = rule.range.end();
+        }
+        covered < old.range.end()
+    })
 }
 
 /// What goes on when a barrier is empty.
@@ -32,7 +51,8 @@ pub(super) struct Rules {
 pub(super) enum Then {
     /// A change of locks, by open and number.
     Locks(OpenId, u64),
-    Resume(OpenId),
+    /// A resume, by open and number: not another one of the same open.
+    Resume(OpenId, u64),
 }
 
 #[derive(Debug)]
@@ -127,7 +147,7 @@ impl Authority {
     fn pass(&mut self, then: Then, effects: &mut Vec<Effect>) {
         match then {
             Then::Locks(open, sequence) => self.go_on_locking(open, sequence, effects),
-            Then::Resume(open) => self.look_for_resume(open, effects),
+            Then::Resume(open, number) => self.look_for_resume(open, number, effects),
         }
     }
 
@@ -181,31 +201,41 @@ impl Authority {
             let rules = self.locks.io_rules(file, id, |holder| self.lock_counts(holder));
             any |= !rules.is_empty() || !self.locks.locks_of(file, id).is_empty();
             any |= self.opens.get(id).is_some_and(|open| open.rules.confirmed < open.rules.version);
-            let version = match self.opens.get(id) {
-                Some(open) if open.lock_mode == LockMode::Mandatory && open.rules.rules != rules => {
-                    self.next_version()
-                }
-                _ => continue,
-            };
-            let Some(open) = self.opens.get_mut(id) else { continue };
-            open.rules.rules = rules;
-            open.rules.version = version;
-            any = true;
-            self.send_rules(id, effects);
+            let differ = self
+                .opens
+                .get(id)
+                .is_some_and(|open| open.lock_mode == LockMode::Mandatory && open.rules.rules != rules);
+            if differ {
+                any = true;
+                self.set_rules(id, rules);
+                self.send_rules(id, effects);
+            }
         }
         if !any {
             self.ruled.remove(&file);
         }
     }
 
-    /// Tells dataplane an open's rules, if it has bindings.
+    /// Gives an open other rules, of the next version.
+    pub(super) fn set_rules(&mut self, id: OpenId, rules: Vec<IoRule>) {
+        let version = self.next_version();
+        let last = self.journal.last;
+        let Some(open) = self.opens.get_mut(id) else { return };
+        if loosens(&open.rules.rules, &rules) {
+            open.rules.loosened = last;
+        }
+        (open.rules.rules, open.rules.version) = (rules, version);
+    }
+
+    /// Tells dataplane an open's rules, if it has bindings: when all that they no longer forbid is surely over.
     pub(super) fn send_rules(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
         let Some(open) = self.opens.get_mut(id) else { return };
-        let version = open.rules.version;
+        let Rules { version, loosened, .. } = open.rules;
         if open.bindings.is_empty() {
             open.rules.confirmed = version;
         } else {
-            effects.push(Effect::Restrict(Restrict { open: id, version, rules: open.rules.rules.clone() }));
+            let restrict = Restrict { open: id, version, rules: open.rules.rules.clone() };
+            self.hold(loosened, Effect::Restrict(restrict), effects);
         }
     }
 

@@ -151,9 +151,10 @@ impl Authority {
         self.judge(holders.map(|(id, _)| id))
     }
 
-    /// True if an open's locks restrict others: not once its hold time is over.
+    /// True if an open's locks restrict others: not once its hold time is over, nor while it is evicted then.
     pub(super) fn lock_counts(&self, id: OpenId) -> bool {
-        self.opens.get(id).is_some_and(|open| !open.is_expired(self.now))
+        let Some(open) = self.opens.get(id) else { return false };
+        !open.is_expired(self.now) && !matches!(open.life, Life::Closing { expired: true, .. })
     }
 
     /// Ends opens that are in the way and may be.
@@ -178,7 +179,7 @@ impl Authority {
         judged: Judged,
         file: FileIdentity,
         wait_until: Option<Timestamp>,
-        what: Contending,
+        mut what: Contending,
         live: Status,
         effects: &mut Vec<Effect>,
     ) {
@@ -195,6 +196,10 @@ impl Authority {
             // It is let in as soon as the fences are confirmed: it waits for those whether it asked to wait or not.
             Judged::Evict(opens) => {
                 let fenced = self.now.saturating_add(self.limits.fence_wait);
+                let fenced = match &mut what {
+                    Contending::Open(opening) => *opening.evicts_until.get_or_insert(fenced),
+                    Contending::Request(..) => fenced,
+                };
                 (wait_until.map_or(fenced, |until| until.max(fenced)), opens)
             }
         };

@@ -11,7 +11,7 @@
 
 use super::operation::Stage;
 use super::table::{Ending, Life, Step};
-use super::{Asker, Authority, Effect, Inspected, Work};
+use super::{Asker, Authority, Effect, FileIdentity, Inspected, Work};
 use crate::journal::record::{Record, TombstoneRecord};
 use crate::types::{OpenId, Status, Timestamp};
 use crate::wire::control::{Refusal, Reply};
@@ -74,11 +74,29 @@ impl Authority {
             waiters.extend(waiter);
             return;
         }
-        let life = Life::Closing { waiters: waiter.into_iter().collect(), ending };
+        let expired = open.is_expired(self.now);
+        let life = Life::Closing { waiters: waiter.into_iter().collect(), ending, expired };
         self.leave_detached(id, reason, life, effects);
+        self.mark_leaving(id);
         self.end_lock_requests(id, reason, effects);
         self.fence(id, reason, |_| true, effects);
         self.finish_close(id, effects);
+    }
+
+    /// An open is taken from its owner while somebody else may write: what its last look will see can't be told apart. Those
+    /// who come later mark it when they are let in.
+    fn mark_leaving(&mut self, id: OpenId) {
+        let Some(open) = self.opens.get(id) else { return };
+        if !open.is_being_taken() || open.baseline || open.marked {
+            return;
+        }
+        let file = open.identity;
+        let beside = self.opens.on(file).any(|(other, open)| other != id && open.may_write());
+        if (beside || self.is_being_changed(file))
+            && let Some(open) = self.opens.get_mut(id)
+        {
+            open.marked = true;
+        }
     }
 
     /// Fences those bindings of an open that `which` says, unless that was asked for already.
@@ -125,6 +143,7 @@ impl Authority {
             return;
         }
         let Some(mut open) = self.opens.remove(id) else { return };
+        self.keep_removal(open.identity, effects);
         self.shares.leave(open.identity, open.access(), open.share());
         self.locks.release(open.identity, id);
         self.create_ids.0.remove(&(open.principal.clone(), open.request.create_id));
@@ -194,6 +213,19 @@ impl Authority {
         // All that let go of the file is durable before its name goes.
         self.defer_all(Effect::Perform { operation, work: Work::Remove(at, identity) }, effects);
         true
+    }
+
+    /// An open that asked for the name's removal goes before others of the file: the journal has that with one that is left.
+    fn keep_removal(&mut self, file: FileIdentity, effects: &mut Vec<Effect>) {
+        let Some(of_file) = self.opens.of_file(file).filter(|of_file| of_file.remove.is_some()) else {
+            return;
+        };
+        let stays = |id: &&OpenId| self.opens.get(**id).is_some_and(|open| !open.is_closing());
+        let heir = of_file.all.iter().find(stays).or(of_file.all.first()).copied();
+        // A full journal takes the ends of things only.
+        if let Some(heir) = heir.filter(|_| !self.journal.full) {
+            self.persist_open(heir, effects);
+        }
     }
 
     /// Dataplane confirms a fence. One that was not asked for, or of another epoch, changes nothing.

@@ -74,7 +74,8 @@ pub enum Input {
         result: Result<Option<Inspected>, Refusal>,
     },
     /// After [`Authority::recover`](super::Authority::recover), before anything else: a recorded file is open again, or can't
-    /// be. One for each [`Reopen`].
+    /// be. One for each [`Reopen`]. When all are told, [`Input::LinkUp`] or [`Input::LinkLost`] says which bindings live;
+    /// before that nothing is granted.
     Reopened {
         /// Which open.
         open: OpenId,

@@ -91,11 +91,15 @@ impl Authority {
             let of_file = self.opens.of_file(open.identity);
             let listed = of_file.is_some_and(|of_file| of_file.detached.contains(id));
             assert_eq!(listed, matches!(open.life, Life::Detached { .. }));
+            assert!(!open.unheard || !listed, "a detached open is heard of no more");
+            let listed = of_file.is_some_and(|of_file| of_file.unheard.contains(id));
+            assert_eq!(listed, open.unheard);
             match &open.life {
                 Life::Active => {
                     let session = open.session.and_then(|session| self.sessions.get(session));
                     assert!(session.is_some_and(|s| s.opens.contains(id)), "an active open has a session");
-                    assert!(!open.baseline && !open.marked, "{id} is judged before it is detached");
+                    let judged = open.baseline || open.marked;
+                    assert!(!judged || open.unheard, "{id} is judged before it is detached");
                 }
                 Life::Detached { deadline, resume, .. } => {
                     detached += 1;

@@ -58,6 +58,7 @@ impl Authority {
     /// Sets an open's life, and its timers.
     pub(super) fn set_detached(&mut self, id: OpenId, hold_ms: u64) {
         self.clear_detached_timers(id);
+        self.opens.set_unheard(id, false);
         let (since, deadline) = (self.now, self.now.saturating_add(Duration::from_millis(hold_ms)));
         self.opens.set_life(id, Life::Detached { since, deadline, resume: None });
         self.timers.set(since.saturating_add(self.limits.linger), Timer::Linger(id));
@@ -103,7 +104,7 @@ impl Authority {
     }
 
     /// True if an operation that nobody's open stands for changes the file.
-    fn is_being_changed(&self, file: FileIdentity) -> bool {
+    pub(super) fn is_being_changed(&self, file: FileIdentity) -> bool {
         self.shares.is_claimed(file)
             && self
                 .operations
@@ -117,18 +118,35 @@ impl Authority {
         let deciding = open.resuming().is_some();
         if !open.marked && (!open.baseline || deciding) {
             open.marked = true;
-            self.persist(Record::Marked(id), effects);
+            // The tombstone of one that is closing will say it.
+            if !open.is_closing() {
+                self.persist(Record::Marked(id), effects);
+            }
         }
     }
 
-    /// Somebody is let in who may change the file: every detached open of it that could not tell is marked. Before the
-    /// grant, in the same call.
+    /// Somebody is let in who may change the file: every open of it is marked that is detached, or whose client may not know
+    /// yet that it no longer is, or that is being taken from its owner, and that could not tell. Before the grant, in the same call.
     pub(super) fn mark_others(&mut self, file: FileIdentity, me: Option<OpenId>, effects: &mut Vec<Effect>) {
-        let detached = self.opens.of_file(file).map(|of_file| of_file.detached.iter().copied().collect());
-        let detached: Vec<OpenId> = detached.unwrap_or_default();
-        for id in detached.into_iter().filter(|id| Some(*id) != me) {
+        let concerned = self.opens.of_file(file);
+        let concerned = concerned.map(|of_file| {
+            let away = of_file.detached.union(&of_file.unheard);
+            away.chain(&of_file.leaving).copied().collect()
+        });
+        let concerned: Vec<OpenId> = concerned.unwrap_or_default();
+        for id in concerned.into_iter().filter(|id| Some(*id) != me) {
             self.mark(id, effects);
         }
+    }
+
+    /// The client of an open has shown that it knows the answer to its resume.
+    pub(super) fn heard(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
+        let Some(open) = self.opens.get_mut(id).filter(|open| open.unheard && open.is_active()) else {
+            return;
+        };
+        (open.baseline, open.marked) = (false, false);
+        self.opens.set_unheard(id, false);
+        self.persist(Record::Heard(id), effects);
     }
 
     /// Begins to take the baseline of a detached open, if nothing of it can change the file any more.

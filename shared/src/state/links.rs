@@ -40,7 +40,7 @@ impl Authority {
             self.released(binding, effects);
         }
         self.tell_rules_again(held.values(), effects);
-        self.settle(&last_writes, effects);
+        self.settle(&last_writes, 0, effects);
     }
 
     /// One binding that lives.
@@ -88,14 +88,9 @@ impl Authority {
                 self.ruled.insert(file);
             }
             if differ {
-                self.last_version += 1;
+                self.set_rules(held.open, rules);
             }
-            let version = self.last_version;
             let Some(open) = self.opens.get_mut(held.open) else { continue };
-            if differ {
-                open.rules.rules = rules;
-                open.rules.version = version;
-            }
             let unlike = held.rules_version != open.rules.version;
             if (unlike || open.rules.confirmed < open.rules.version) && told.insert(held.open) {
                 if open.rules.version == 0 {
@@ -112,6 +107,7 @@ impl Authority {
     /// Dataplane is proven dead.
     pub(super) fn link_lost(&mut self, effects: &mut Vec<Effect>) {
         self.lose_link(effects);
-        self.settle(&BTreeMap::new(), effects);
+        // Nobody else can tell when the server wrote last.
+        self.settle(&BTreeMap::new(), self.last_write, effects);
     }
 }

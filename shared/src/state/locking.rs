@@ -178,6 +178,9 @@ impl Authority {
             pending.askers.push(asker);
             return Ok(true);
         }
+        if sequence > u64::MAX - REMEMBERED {
+            return Err(refusal(Status::Invalid, "the number of the change is too high"));
+        }
         let Some(open) = self.opens.get(id) else { return Ok(false) };
         if open.executed.contains(sequence) {
             self.defer_all(asker.effect(Reply::Done), effects);
@@ -369,19 +372,15 @@ impl Authority {
         }
     }
 
-    /// An open ends: what waits is refused, what is executed is answered.
+    /// An open ends: what is under way is refused. That holds for locks that are taken too, as not everybody obeys them yet;
+    /// they end with the open.
     pub(super) fn end_lock_requests(&mut self, id: OpenId, reason: Status, effects: &mut Vec<Effect>) {
         let refused = refusal(reason, "");
         for sequence in self.lock_requests_of(id) {
             self.stop_waiting(id, sequence, Some(&refused), effects);
             let Some(pending) = self.locking.pending.remove(&(id, sequence)) else { continue };
             for asker in pending.askers {
-                match pending.change {
-                    Change::Executed { journalled } => {
-                        self.defer(journalled, asker.effect(Reply::Done), effects);
-                    }
-                    _ => asker.refuse(refused.clone(), effects),
-                }
+                asker.refuse(refused.clone(), effects);
             }
         }
     }

@@ -126,6 +126,8 @@ pub struct Authority {
     barriers: Barriers,
     /// The highest version of any open's I/O rules.
     last_version: u64,
+    /// Counts the resumes that were begun.
+    last_resume: u64,
     /// Files on which an open has I/O rules, or may get some.
     ruled: BTreeSet<FileIdentity>,
     tombstones: Tombstones,
@@ -198,6 +200,7 @@ impl Authority {
             locking: Locking::default(),
             barriers: Barriers::default(),
             last_version: 0,
+            last_resume: 0,
             ruled: BTreeSet::new(),
             tombstones: Tombstones::default(),
             timers: Timers::default(),
@@ -235,8 +238,6 @@ impl Authority {
             Input::LinkUp { service_blob, held } => return self.link_up(service_blob, held, effects),
             Input::LinkLost => return self.link_lost(effects),
             Input::Persisted(sequence) => return self.persisted(sequence, effects),
-            // No dataplane lives: no binding is left of those that were.
-            _ if !self.unknown_bindings => self.settle(&Default::default(), effects),
             _ => {}
         }
         match input {
@@ -352,7 +353,7 @@ impl Authority {
     /// Refuses what a binding of an earlier control could conflict with, while one may live. Fence before grant
     /// holds across restarts too.
     fn know_all_bindings(&self) -> Result<(), Refusal> {
-        if self.unknown_bindings || !self.strays.is_empty() {
+        if self.unknown_bindings || self.settling || !self.strays.is_empty() {
             let words = "dataplane has not let go of earlier bindings yet";
             return Err(Refusal {
                 retry_ms: Some(DATAPLANE_RETRY_MS),

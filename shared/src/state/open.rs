@@ -37,6 +37,8 @@ pub(super) struct Opening {
     hold_ms: u64,
     /// How long it waits for opens that are held.
     wait_until: Option<Timestamp>,
+    /// Until when it waits at the longest for those that it evicts: counted from the first.
+    pub(super) evicts_until: Option<Timestamp>,
     /// The request itself and its repeats.
     pub(super) waiters: Vec<Asker>,
     fresh: Fresh,
@@ -127,6 +129,7 @@ impl Authority {
             lock_mode,
             hold_ms,
             wait_until: wait.map(|wait| self.now.saturating_add(wait)),
+            evicts_until: None,
             waiters: vec![asker],
             fresh,
             request: request.clone(),
@@ -147,12 +150,16 @@ impl Authority {
             return Ok(());
         }
         let full = refusal(Status::TooMany, "no room for another open");
+        let later = Refusal { retry_ms: Some(100), ..full.clone() };
+        if self.opens.is_making_room(principal) {
+            return Err(later);
+        }
         let Some(oldest) = self.opens.oldest_expired(principal, self.now) else { return Err(full) };
         self.end(oldest, None, Ending::Gone(GoneReason::Evicted), Status::Evicted, effects);
         if self.sessions.share(principal).opens < self.limits.opens_per_principal {
             return Ok(());
         }
-        Err(Refusal { retry_ms: Some(100), ..full })
+        Err(later)
     }
 
     /// The request is repeated while its first is still under way.
@@ -337,9 +344,11 @@ impl Authority {
             kept: Vec::new(),
             works: 0,
             making: None,
+            truncating: truncates,
             evidence,
             baseline: false,
             marked: false,
+            unheard: false,
             looking: false,
             last_look: Default::default(),
             removal: Default::default(),
@@ -413,6 +422,12 @@ impl Authority {
             locks: self.locks.locks_of(open.identity, id),
             sequences: open.executed.list(),
             kept: open.kept.clone(),
+            unheard: open.unheard,
+            truncating: open.truncating,
+            lock_mode: Some(open.lock_mode),
+            remove: self.opens.of_file(open.identity).and_then(|of_file| {
+                of_file.remove.as_ref().map(|at| (at.volume, at.path.as_str().to_owned()))
+            }),
         }
     }
 
@@ -430,8 +445,9 @@ impl Authority {
         }
         match result {
             Ok(attributes) => {
-                if let Some(open) = self.opens.get_mut(id).filter(|open| open.is_active()) {
-                    // Its own doing: not to be taken for another's after a crash.
+                if let Some(open) = self.opens.get_mut(id).filter(|open| !open.is_closing()) {
+                    // Its own doing: not to be taken for another's after a crash. That it is done must be known then, too.
+                    open.truncating = false;
                     open.evidence = super::operation::evidence_of(&attributes);
                     self.persist_open(id, effects);
                 }
@@ -459,6 +475,10 @@ impl Authority {
         let Some(open) = self.opens.get(id).filter(|open| open.is_active()) else {
             return asker.refuse(refusal(Status::Closed, ""), effects);
         };
+        if open.session != Some(asker.session) {
+            // The request was repeated in a later session, and the open is that one's.
+            return asker.refuse(refusal(Status::Superseded, ""), effects);
+        }
         let (journalled, opened) = (open.journalled, self.opened(id, open, attributes, fresh));
         self.defer(journalled, asker.effect(Reply::Opened(opened)), effects);
     }

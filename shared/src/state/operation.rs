@@ -238,7 +238,7 @@ impl Authority {
                 (Some(result), None)
             }
             Stage::Altering(open) => {
-                self.altered(open, &result);
+                self.altered(open, &result, effects);
                 (Some(result), Some(open))
             }
             Stage::OnOpen(open) => (Some(result), Some(open)),
@@ -272,11 +272,13 @@ impl Authority {
         }
     }
 
-    /// An open's own change through control: what the file looks like now is its own doing.
-    fn altered(&mut self, open: OpenId, result: &Result<Reply, Refusal>) {
+    /// An open's own change through control: what the file looks like now is its own doing, after a crash, too.
+    fn altered(&mut self, id: OpenId, result: &Result<Reply, Refusal>, effects: &mut Vec<Effect>) {
         let Ok(Reply::Attributes(attributes)) = result else { return };
-        if let Some(open) = self.opens.get_mut(open).filter(|open| open.is_active()) {
-            open.evidence = evidence_of(attributes);
+        let Some(open) = self.opens.get_mut(id).filter(|open| open.is_active()) else { return };
+        open.evidence = evidence_of(attributes);
+        if !self.journal.full {
+            self.persist_open(id, effects);
         }
     }
 

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Numbers rise by one. A later call that relies on an earlier one's records, but has none of its own, says so with
-//! [`Authority::defer`]. Fences and restrictions are never held: they take nothing away that a crash would have to
-//! give back.
+//! [`Authority::defer`]. Fences are never held, nor are rules that forbid more than before: they take nothing away that a
+//! crash would have to give back. Rules that forbid less are held by [`Authority::hold`].
 
 use super::{Authority, Effect, refusal};
 use crate::journal::record::Record;
@@ -98,6 +98,15 @@ impl Authority {
     /// own.
     pub(super) fn defer_all(&mut self, effect: Effect, effects: &mut Vec<Effect>) {
         self.defer(self.journal.last, effect, effects);
+    }
+
+    /// Holds what would be let go at once otherwise until a record is durable.
+    pub(super) fn hold(&mut self, until: u64, effect: Effect, effects: &mut Vec<Effect>) {
+        if until <= self.journal.durable {
+            effects.push(effect);
+        } else {
+            self.journal.held.entry(until).or_default().push(effect);
+        }
     }
 
     pub(super) fn persisted(&mut self, sequence: u64, effects: &mut Vec<Effect>) {

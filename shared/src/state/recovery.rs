@@ -14,11 +14,11 @@ use super::locking::Executed;
 use super::open::Created;
 use super::persist::Journal;
 use super::rules::{LockMode, VolumeRules};
-use super::table::{Life, Open, OpenTable};
+use super::table::{Ending, Life, Open, OpenTable};
 use super::{Authority, Effect, FileId, FileIdentity, Inspected, Limits, Located, Reopen};
 use crate::auth::Keyring;
 use crate::journal::record::{OpenRecord, Record, Started, TombstoneRecord};
-use crate::types::{Access, Evidence, GoneReason, HandleId, OpenId, Timestamp, VolumePath};
+use crate::types::{Access, Evidence, GoneReason, HandleId, OpenId, Status, Timestamp, VolumePath};
 use std::collections::BTreeMap;
 
 /// Records that cannot follow one another: the journal is not ours, or not whole.
@@ -84,6 +84,7 @@ impl Recovery {
             | Record::Detached(id)
             | Record::Baseline(id, _)
             | Record::Marked(id)
+            | Record::Heard(id)
             | Record::Forgotten(id) => *id,
             Record::Resumed(resumed) => resumed.open,
             Record::Locked(locked) => locked.open,
@@ -154,6 +155,7 @@ fn name_of(record: &Record) -> String {
         Record::Unlocked(unlocked) => ("Unlocked", unlocked.open),
         Record::Tombstone(tombstone) => ("Tombstone", tombstone.open),
         Record::Forgotten(id) => ("Forgotten", *id),
+        Record::Heard(id) => ("Heard", *id),
     };
     format!("{name} of open {open}")
 }
@@ -201,7 +203,7 @@ impl Authority {
             principal: principal.clone(),
             process: record.process,
             at: Located { volume: record.volume, path },
-            lock_mode: self.volumes.lock_mode(record.volume),
+            lock_mode: record.lock_mode.unwrap_or_else(|| self.volumes.lock_mode(record.volume)),
             policy: record.policy,
             file: FileId(0),
             identity: record.identity,
@@ -218,9 +220,11 @@ impl Authority {
             kept: record.kept,
             works: 0,
             making: None,
+            truncating: record.truncating,
             evidence: record.evidence,
             baseline: record.baseline,
             marked: record.marked,
+            unheard: record.unheard,
             looking: false,
             last_look: Default::default(),
             removal: Default::default(),
@@ -240,6 +244,10 @@ impl Authority {
         self.create_ids.0.insert(create_key, Created::Open(id));
         self.sessions.count(&principal, |share| share.opens += 1);
         self.opens.insert(id, open);
+        if let (Some((volume, path)), Some(of_file)) = (record.remove, self.opens.of_file_mut(identity)) {
+            let path = VolumePath::parse(&path).map_err(|error| error.to_string())?;
+            of_file.remove = Some(Located { volume, path });
+        }
         for (number, lock) in record.locks {
             let Some(owner) = self.owner_at_recovery(id, number) else { continue };
             self.locks.restore(identity, &owner, lock).map_err(|error| error.to_string())?;
@@ -286,13 +294,24 @@ impl Authority {
                 }
                 (open.secret, open.sealed_secret) = (secret, resumed.sealed_secret);
                 (open.epoch, open.evidence, open.kept) = (resumed.epoch, resumed.evidence, resumed.kept);
-                (open.baseline, open.marked) = (false, false);
+                let told = resumed.changed;
+                (open.baseline, open.marked) = (told.is_some() && open.kept.is_empty(), told == Some(true));
                 self.opens.set_life(id, Life::Active);
+                self.opens.set_unheard(id, told.is_some());
+            }
+            Record::Heard(_) => {
+                let Some(open) = self.opens.get_mut(id) else { return Ok(()) };
+                if !open.unheard {
+                    return Err("it does not fit the open's life".into());
+                }
+                (open.baseline, open.marked) = (false, false);
+                self.opens.set_unheard(id, false);
             }
             Record::Detached(_) | Record::Baseline(..) | Record::Marked(_) => {
                 let far = Timestamp::from_nanos(u64::MAX);
                 let Some(open) = self.opens.get_mut(id) else { return Ok(()) };
-                if open.is_active() != matches!(record, Record::Detached(_)) {
+                let unheard = open.unheard && matches!(record, Record::Marked(_));
+                if open.is_active() != matches!(record, Record::Detached(_)) && !unheard {
                     return Err("it does not fit the open's life".into());
                 }
                 match record {
@@ -302,6 +321,7 @@ impl Authority {
                         let life =
                             Life::Detached { since: Timestamp::default(), deadline: far, resume: None };
                         self.opens.set_life(id, life);
+                        self.opens.set_unheard(id, false);
                     }
                 }
             }
@@ -352,8 +372,14 @@ impl Authority {
     }
 
     /// It is known which bindings live, and when they last wrote: so it can be decided whether each recovered open's file
-    /// was changed by others meanwhile.
-    pub(super) fn settle(&mut self, last_writes: &BTreeMap<FileIdentity, u64>, effects: &mut Vec<Effect>) {
+    /// was changed by others meanwhile. `last_write` is for all files, and 0 if a dataplane lives: it tells of each binding it
+    /// has, and the stamp of others says nothing about a file of which it has none.
+    pub(super) fn settle(
+        &mut self,
+        last_writes: &BTreeMap<FileIdentity, u64>,
+        last_write: u64,
+        effects: &mut Vec<Effect>,
+    ) {
         if !std::mem::take(&mut self.settling) {
             return;
         }
@@ -371,7 +397,7 @@ impl Authority {
                 writing.map(|(id, _)| id).take(2).collect()
             });
             let alone = writers.iter().all(|writer| writer == id);
-            let own_writes = last_writes.get(&open.identity).copied().unwrap_or(0).max(self.last_write);
+            let own_writes = last_writes.get(&open.identity).copied().unwrap_or(0).max(last_write);
             let own = alone && i64::try_from(own_writes).is_ok_and(|last| seen.changed_ns <= last);
             if seen != open.evidence && (open.baseline || !own) {
                 self.mark_recovered(*id, effects);
@@ -381,6 +407,10 @@ impl Authority {
         for id in reopened {
             let Some(open) = self.opens.get_mut(id) else { continue };
             let Some(seen) = open.reopened.take() else { continue };
+            if self.ends_with_crash(id, effects) {
+                continue;
+            }
+            let Some(open) = self.opens.get(id) else { continue };
             let quiet = open.bindings.is_empty() || !open.access().contains(Access::WRITE);
             if !open.marked && !open.baseline && quiet {
                 self.set_baseline(id, seen, effects);
@@ -388,6 +418,20 @@ impl Authority {
             let identity = self.opens.get(id).map(|open| open.identity);
             self.changed.extend(identity);
         }
+    }
+
+    /// Opens that do not outlive a crash. One with nothing to hold ends as its session has. One whose file was still to be
+    /// truncated was never answered: it never was, and a repeated request opens afresh.
+    fn ends_with_crash(&mut self, id: OpenId, effects: &mut Vec<Effect>) -> bool {
+        let Some(open) = self.opens.get_mut(id) else { return true };
+        let ends = open.truncating || open.hold_ms == 0;
+        if open.truncating {
+            open.request.delete_on_close = false;
+        }
+        if ends {
+            self.end(id, None, Ending::Closed, Status::SessionGone, effects);
+        }
+        ends
     }
 
     /// Differs from [`Authority::mark`]: a baseline that is not met is the very reason.

@@ -12,7 +12,12 @@ use crate::wire::link::{Grant, Redeem};
 impl Authority {
     pub(super) fn redeem(&mut self, redeem: &Redeem, fresh: &Fresh, effects: &mut Vec<Effect>) {
         match self.grant(redeem, fresh) {
-            Ok((file, grant)) => effects.push(Effect::Grant { id: redeem.id, file, grant: Box::new(grant) }),
+            Ok((file, grant)) => {
+                let open = grant.open;
+                effects.push(Effect::Grant { id: redeem.id, file, grant: Box::new(grant) });
+                // Whoever proves the new secret knows of the resume. Behind the grant, which need not wait for that.
+                self.heard(open, effects);
+            }
             Err(status) => effects.push(Effect::RefuseBind { id: redeem.id, status }),
         }
     }
@@ -23,6 +28,10 @@ impl Authority {
         let open = self.opens.get(id).ok_or(Status::BadKey)?;
         if open.journalled > self.journal.durable {
             // What the bind relies on could still be lost; the client has not been answered either.
+            return Err(Status::Unavailable);
+        }
+        if open.rules.loosened > self.journal.durable {
+            // So could the end of a lock that the grant's rules would not have any more.
             return Err(Status::Unavailable);
         }
         if redeem.policy != open.policy {

@@ -16,7 +16,7 @@ use super::barrier::Then;
 use super::operation::{OperationId, Stage};
 use super::rules::Right;
 use super::table::{Ending, Life};
-use super::{Asker, Authority, Effect, Fresh, Inspected, refusal};
+use super::{Asker, Authority, DATAPLANE_RETRY_MS, Effect, Fresh, Inspected, refusal};
 use crate::journal::record::{Record, ResumedRecord};
 use crate::types::{Access, HandleId, OpenId, SessionId, Status, Verdict};
 use crate::wire::control::{Refusal, Reply, Resume, Resumed};
@@ -41,6 +41,8 @@ pub(super) enum Progress {
 #[derive(Debug)]
 pub(super) struct Resuming {
     pub(super) asker: Asker,
+    /// Tells it from an earlier one of the same open that has failed.
+    number: u64,
     fresh: Fresh,
     /// It is an open request that was repeated: its answer is `Opened`.
     replay: bool,
@@ -98,6 +100,10 @@ impl Authority {
         let Some(open) = self.opens.get(id) else { return Err(refusal(Status::BadKey, "")) };
         let busy = |words| Err(refusal(Status::Busy, words));
         let before = match &open.life {
+            Life::Active if open.session.is_none() => {
+                let words = "the open is not open again yet";
+                return Err(Refusal { retry_ms: Some(DATAPLANE_RETRY_MS), ..refusal(Status::Busy, words) });
+            }
             Life::Active if open.session == Some(asker.session) => {
                 return busy("the open is live in this session");
             }
@@ -130,9 +136,12 @@ impl Authority {
             self.lose_session(before, effects);
             self.mark_beside_writers(&[id], effects);
         }
-        let expired = self.opens.get(id).is_some_and(|open| open.is_expired(self.now));
+        // One that was live until now is not, whatever its hold time.
+        let expired = before.is_none() && self.opens.get(id).is_some_and(|open| open.is_expired(self.now));
         let keep: BTreeSet<HandleId> = keep.into_iter().collect();
-        let resuming = Resuming { asker, fresh, replay, expired, progress: Progress::Fencing };
+        self.last_resume += 1;
+        let number = self.last_resume;
+        let resuming = Resuming { asker, number, fresh, replay, expired, progress: Progress::Fencing };
         if let Some(resume) = self.opens.get_mut(id).and_then(|open| open.resuming_mut()) {
             *resume = Some(Box::new(resuming));
         }
@@ -151,15 +160,18 @@ impl Authority {
             return;
         }
         resume.progress = Progress::Restricting;
+        let number = resume.number;
         // Its locks count again from now on. What others began before that has ended when the file is looked at.
         self.update_rules(identity, effects);
         let waits = self.unconfirmed(identity, None);
-        self.wait_for(waits, BTreeSet::new(), Then::Resume(id), effects);
+        let locks = !self.locks.locks_of(identity, id).is_empty();
+        let changes = if locks { self.alterations(identity, id, true) } else { BTreeSet::new() };
+        self.wait_for(waits, changes, Then::Resume(id, number), effects);
     }
 
-    pub(super) fn look_for_resume(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
+    pub(super) fn look_for_resume(&mut self, id: OpenId, number: u64, effects: &mut Vec<Effect>) {
         let waits = self.opens.get(id).and_then(|open| open.resuming());
-        if waits.is_none_or(|resume| resume.progress != Progress::Restricting) {
+        if waits.is_none_or(|resume| resume.number != number || resume.progress != Progress::Restricting) {
             return;
         }
         let operation = self.start_own(id, Stage::Resuming(id));
@@ -213,9 +225,11 @@ impl Authority {
         open.handle = HandleId::from_random(fresh.handle);
         open.epoch = open.epoch.saturating_add(1);
         open.evidence = seen.evidence;
-        (open.baseline, open.marked) = (false, false);
         open.kept = open.bindings.values().map(|binding| binding.handle).collect();
         let kept = open.kept.clone();
+        // The answer may be lost. Until the client is heard, the next one must say no less than this one; and what changes
+        // until then, unless by bindings that were kept, must be told too.
+        (open.baseline, open.marked) = (!replay && kept.is_empty(), !replay && changed);
         let (identity, share, writes) = (open.identity, open.share(), open.access().contains(Access::WRITE));
         let record = Record::Resumed(ResumedRecord {
             open: id,
@@ -223,6 +237,7 @@ impl Authority {
             sealed_secret: open.sealed_secret.clone(),
             evidence: seen.evidence,
             kept: kept.clone(),
+            changed: (!replay).then_some(changed),
         });
         let lock_sequence = open.executed.highest();
         self.clear_detached_timers(id);
@@ -231,6 +246,10 @@ impl Authority {
             self.mark_others(identity, Some(id), effects);
         }
         let sequence = self.persist(record, effects);
+        if !replay {
+            self.opens.set_unheard(id, true);
+            self.mark_beside_writers(&[id], effects);
+        }
         let Some(open) = self.opens.get_mut(id) else { return };
         open.journalled = sequence;
         let Some(open) = self.opens.get(id) else { return };

@@ -16,12 +16,15 @@ pub enum Right {
 }
 
 /// What locks mean on a volume.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, minicbor::Encode, minicbor::Decode)]
+#[cbor(index_only)]
 pub enum LockMode {
     /// Reads and writes that a lock forbids are refused, whoever asks: as in SMB.
     #[default]
+    #[n(0)]
     Mandatory,
     /// Locks count against locks only: as with POSIX `fcntl`.
+    #[n(1)]
     Advisory,
 }
 

@@ -6,7 +6,7 @@ use super::table::Ending;
 use super::{Asker, Authority, Effect, Fresh, SessionBegan, Subject, Work, refusal};
 use crate::auth::SessionKey;
 use crate::types::{OpenId, ProcessId, SessionId, Status};
-use crate::wire::control::{self, Place, Refusal, Reply, Request, Target, Welcome};
+use crate::wire::control::{self, Place, Refusal, Reply, Request, SetAttributes, Target, Welcome};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -172,6 +172,7 @@ impl Authority {
         if session.logoff.is_some() {
             return asker.refuse(refusal(Status::SessionGone, ""), effects);
         }
+        let heard = self.heard_by(asker, &request);
         let done = match request {
             Request::Hello(_) => Err(refusal(Status::Protocol, "hello was said already")),
             Request::Ping => {
@@ -229,6 +230,25 @@ impl Authority {
         if let Err(refused) = done {
             asker.refuse(refused, effects);
         }
+        // Last: what is answered at once need not wait for the record.
+        if let Some(open) = heard {
+            self.heard(open, effects);
+        }
+    }
+
+    /// The open whose client shows by this request that it knows the answer to its resume: it names the open, in the
+    /// session that has it now, and the answer has left.
+    fn heard_by(&self, asker: Asker, request: &Request) -> Option<OpenId> {
+        let id = match request {
+            Request::QueryKey(id) | Request::Close(id) | Request::GetAttributes(Target::Open(id)) => *id,
+            Request::SetAttributes(SetAttributes { target: Target::Open(id), .. }) => *id,
+            Request::Lock(lock) => lock.open,
+            Request::Unlock(unlock) => unlock.open,
+            Request::CancelLock(cancel) => cancel.open,
+            _ => return None,
+        };
+        let open = self.opens.get(id).filter(|open| open.unheard && open.session == Some(asker.session))?;
+        (open.journalled <= self.journal.durable).then_some(id)
     }
 
     /// Work on a name that touches no open.

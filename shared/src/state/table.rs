@@ -49,6 +49,8 @@ pub(super) enum Life {
         /// Who waits to hear that it is closed.
         waiters: Vec<Asker>,
         ending: Ending,
+        /// It was expired: its locks restrict nobody.
+        expired: bool,
     },
 }
 
@@ -114,12 +116,16 @@ pub(super) struct Open {
     pub(super) works: usize,
     /// Its old content is being discarded: whoever repeats the request waits for this operation.
     pub(super) making: Option<OperationId>,
+    /// See [`crate::journal::record::OpenRecord::truncating`].
+    pub(super) truncating: bool,
     /// See [`crate::journal::record::OpenRecord::evidence`].
     pub(super) evidence: Evidence,
     /// The evidence was taken when nothing of the open could change the file any more.
     pub(super) baseline: bool,
     /// Somebody else may have changed the file since the open was detached.
     pub(super) marked: bool,
+    /// It was resumed, and its client may not know yet what it was told. See [`OpenTable::set_unheard`].
+    pub(super) unheard: bool,
     /// The baseline is being taken.
     pub(super) looking: bool,
     /// The last look before a tombstone.
@@ -162,6 +168,11 @@ impl Open {
         matches!(self.life, Life::Closing { .. })
     }
 
+    /// It ends without its owner's wish.
+    pub(super) fn is_being_taken(&self) -> bool {
+        matches!(self.life, Life::Closing { ending: Ending::Gone(_), .. })
+    }
+
     /// Detached, and nobody is resuming it.
     pub(super) fn is_away(&self) -> bool {
         matches!(self.life, Life::Detached { resume: None, .. })
@@ -202,6 +213,10 @@ impl Open {
 pub(super) struct FileOpens {
     pub(super) all: BTreeSet<OpenId>,
     pub(super) detached: BTreeSet<OpenId>,
+    /// Live ones whose client may not know yet that they were resumed.
+    pub(super) unheard: BTreeSet<OpenId>,
+    /// Those that are being taken from their owners.
+    pub(super) leaving: BTreeSet<OpenId>,
     /// An open that asked for the name's removal is closed; the last one removes it.
     pub(super) remove: Option<Located>,
 }
@@ -213,6 +228,8 @@ pub(super) struct OpenTable {
     by_file: BTreeMap<FileIdentity, FileOpens>,
     /// Detached opens of each principal, by deadline.
     detached: BTreeSet<(Arc<str>, Timestamp, OpenId)>,
+    /// Opens that are being taken from each principal.
+    leaving: BTreeSet<(Arc<str>, OpenId)>,
     last_binding: u64,
 }
 
@@ -237,7 +254,23 @@ impl OpenTable {
             of_file.detached.insert(id);
             self.detached.insert((open.principal.clone(), deadline, id));
         }
+        if open.unheard {
+            of_file.unheard.insert(id);
+        }
         self.by_id.insert(id, open);
+    }
+
+    /// Sets whether the answer to an open's resume may still be lost. While it may, what others do to the file concerns
+    /// the open as if it were detached: the next answer must tell it.
+    pub(super) fn set_unheard(&mut self, id: OpenId, unheard: bool) {
+        let Some(open) = self.by_id.get_mut(&id).filter(|open| open.unheard != unheard) else { return };
+        open.unheard = unheard;
+        let of_file = self.by_file.entry(open.identity).or_default();
+        if unheard {
+            of_file.unheard.insert(id);
+        } else {
+            of_file.unheard.remove(&id);
+        }
     }
 
     pub(super) fn remove(&mut self, id: OpenId) -> Option<Open> {
@@ -246,6 +279,7 @@ impl OpenTable {
         open.life = life;
         if let Some(of_file) = self.by_file.get_mut(&open.identity) {
             of_file.all.remove(&id);
+            of_file.unheard.remove(&id);
             if of_file.all.is_empty() {
                 self.by_file.remove(&open.identity);
             }
@@ -265,7 +299,16 @@ impl OpenTable {
             of_file.detached.insert(id);
             self.detached.insert((open.principal.clone(), deadline, id));
         }
-        Some(std::mem::replace(&mut open.life, life))
+        if open.is_being_taken() {
+            of_file.leaving.remove(&id);
+            self.leaving.remove(&(open.principal.clone(), id));
+        }
+        let before = std::mem::replace(&mut open.life, life);
+        if open.is_being_taken() {
+            of_file.leaving.insert(id);
+            self.leaving.insert((open.principal.clone(), id));
+        }
+        Some(before)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -313,6 +356,12 @@ impl OpenTable {
             .range(first..)
             .take_while(|(whose, deadline, _)| whose == principal && *deadline <= now);
         own.map(|(_, _, id)| *id).find(|id| self.get(*id).is_some_and(|open| open.is_expired(now)))
+    }
+
+    /// True if an open is being taken from a principal: soon it has room for another.
+    pub(super) fn is_making_room(&self, principal: &Arc<str>) -> bool {
+        let mut own = self.leaving.range((principal.clone(), OpenId::NONE)..);
+        own.next().is_some_and(|(whose, _)| whose == principal)
     }
 
     pub(super) fn open_of(&self, binding: LinkBinding) -> Option<OpenId> {

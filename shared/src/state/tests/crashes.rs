@@ -105,6 +105,7 @@ fn the_servers_own_writes_are_no_change_and_a_later_one_is() {
             assert!(world.give(Input::LinkUp { service_blob: Vec::new(), held }).is_empty());
         } else {
             world.authority.set_last_write(last_write);
+            world.give(Input::LinkLost);
             world.give(Input::LinkUp { service_blob: Vec::new(), held: Vec::new() });
         }
         let second = world.begin(2, "u1");
@@ -183,6 +184,7 @@ fn a_file_that_is_lost_is_told_so() {
     assert_eq!((reopens.len(), reopens[0].identity), (1, identity(5)));
     assert_eq!((reopens[0].file_handle.as_slice(), reopens[0].at.path.as_str()), (&[1, 2, 3][..], "file"));
     world.give(Input::Reopened { open: before.open, result: Err("it is gone".into()) });
+    world.give(Input::LinkLost);
     let second = world.begin(2, "u1");
     let effects = world.resume(second, &before, 5);
     assert!(matches!(

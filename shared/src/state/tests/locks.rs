@@ -367,3 +367,47 @@ fn advisory_volumes_restrict_no_io_and_know_owners_across_opens() {
     let empty = Unlock { open: other.open, sequence: 2, owner: 0, ranges: vec![LockRange::before(5)] };
     assert_eq!(world.refused(rival, Request::Unlock(empty)), Status::BadRange);
 }
+
+#[test]
+fn a_lock_that_not_everybody_obeys_is_not_told_when_its_open_ends() {
+    for ending in ["close", "force", "logoff"] {
+        let (mut world, sessions, opens) = two();
+        assert_eq!(restricts(&world.ask(sessions[0], lock(opens[0].open, 1, 0, 10))).len(), 1);
+        let effects = match ending {
+            "close" => world.ask(sessions[0], close(opens[0].open)),
+            "force" => world.give(Input::ForceClose(opens[0].open)),
+            _ => world.ask(sessions[0], Request::Logoff),
+        };
+        let wanted = if ending == "force" { Status::ForceClosed } else { Status::Closed };
+        assert_eq!(refusal(&effects), wanted, "{ending}");
+    }
+}
+
+#[test]
+fn io_is_let_go_of_when_the_end_of_the_lock_is_durable_and_not_before() {
+    for close_it in [false, true] {
+        let (mut world, sessions, opens) = two();
+        let told = restricts(&world.ask(sessions[0], lock(opens[0].open, 1, 0, 10)));
+        assert!(done(&obey(&mut world, &told[0])));
+        world.holds_journal = true;
+        let effects = if close_it {
+            let effects = world.ask(sessions[0], close(opens[0].open));
+            world.confirm(fences(&effects)[0])
+        } else {
+            let effects = world.ask(sessions[0], unlock(opens[0].open, 2, 0, 10));
+            obey(&mut world, &restricts(&effects)[0])
+        };
+        assert!(effects.is_empty(), "a crash would bring the lock back: {effects:?}");
+        assert_eq!(world.redeem(right(&session_key(2), &opens[1], 8, RW)).err(), Some(Status::Unavailable));
+        // What forbids more does not overtake it.
+        assert!(
+            restricts(&world.ask(sessions[1], shared(opens[1].open, 1, 50, 1)))
+                .iter()
+                .all(|told| told.open != opens[1].open)
+        );
+        let told = restricts(&world.sync());
+        let mine: Vec<&Restrict> = told.iter().filter(|told| told.open == opens[1].open).collect();
+        assert!(mine[0].rules.is_empty() && mine[1].rules.len() == 1, "{told:?}");
+        world.redeem(right(&session_key(2), &opens[1], 8, RW)).unwrap();
+    }
+}

@@ -2,9 +2,11 @@
 
 mod binds;
 mod crashes;
+mod endings;
 mod lives;
 mod locks;
 mod model;
 mod opens;
+mod restarts;
 mod resumes;
 mod world;

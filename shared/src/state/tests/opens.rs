@@ -71,8 +71,11 @@ fn opn_06_a_replay_gets_the_same_open_whenever_it_comes() {
     assert_eq!(world.refused(second, Request::Open(other.clone())), Status::DuplicateCreate);
     let answers = world.found(operation, 5, true);
     assert_eq!(answers.len(), 3);
-    let ids: Vec<OpenId> = answers.iter().map(|answer| opened(std::slice::from_ref(answer)).open).collect();
-    assert!(ids.iter().all(|id| *id == ids[0]));
+    // The open is the later session's; the earlier one must not think that it has it too.
+    assert_eq!(refusal(&answers[..1]), Status::Superseded);
+    assert_eq!(refusal(&answers[1..2]), Status::Superseded);
+    let ids: [OpenId; 1] = [opened(&answers[2..]).open];
+    assert_eq!(world.refused(first, close(ids[0])), Status::Closed);
 
     // After it, on a third: the open and its secret move there.
     let third = world.begin(3, "u1");

@@ -1,6 +1,7 @@
 //! Detached opens: who gets in their way, who gets them back, and what is told.
 
 use super::world::*;
+use crate::journal::record::Record;
 use crate::state::{Effect, Input, Limits, Work};
 use crate::types::{
     Access, Disposition, GoneReason, HoldClass, OpenId, SessionId, ShareMode, Status, Verdict,
@@ -649,4 +650,101 @@ fn a_size_is_not_changed_under_a_held_opens_lock() {
     assert_eq!(busy_ms(&world.ask(rival, Request::SetAttributes(set.clone()))), Some(1000));
     world.pass(HOLD);
     assert!(matches!(world.ask(rival, Request::SetAttributes(set))[..], [Effect::Perform { .. }]));
+}
+
+/// An open of session 1 beside a writer's, both bound, that is resumed by session 3 after the writer had changed the file;
+/// or before, if `late`.
+fn resumed_beside_a_writer(late: bool, keep: bool) -> (World, Opened, Opened) {
+    let mut world = World::new();
+    let first = world.begin(1, "u1");
+    world.give(Input::LinkUp { service_blob: Vec::new(), held: Vec::new() });
+    let before = world.open(first, held(1, RW, ShareMode::ALL, 60_000), 5);
+    world.bind(&session_key(1), &before, 1);
+    let rival = world.begin(2, "u2");
+    if !late {
+        world.open(rival, open(1, RW, ShareMode::ALL), 5);
+    }
+    world.lose(first, 5);
+    let third = world.begin(3, "u1");
+    let handle =
+        world.authority.list_opens(world.now, None, 10)[0].bindings.first().map(|bound| bound.handle);
+    let keep = handle.into_iter().filter(|_| keep).collect();
+    let resume_key = before.key.resume_key.clone();
+    let effects = world.ask(third, Request::Resume(Resume { resume_key, supersede: None, keep }));
+    let mut effects: Vec<Effect> = match fences(&effects).first() {
+        Some(fence) => world.confirm(*fence),
+        None => effects,
+    };
+    effects = world.look(effects, 5);
+    let after = resumed(&effects);
+    assert_eq!(after.verdict, if late { Verdict::Unchanged } else { Verdict::Changed });
+    if late {
+        world.open(rival, open(1, RW, ShareMode::ALL), 5);
+    }
+    world.touch(5);
+    (world, before, after.opened)
+}
+
+#[test]
+fn a_verdict_that_was_lost_is_told_again() {
+    for (late, keep) in [(false, false), (true, false), (true, true), (false, true)] {
+        for crash in [false, true] {
+            for heard in [false, true] {
+                let (mut world, before, after) = resumed_beside_a_writer(late, keep);
+                let third = SessionId([3; 16]);
+                if heard {
+                    world.ask(third, Request::QueryKey(after.open));
+                    assert!(matches!(world.journal.last(), Some(Record::Heard(id)) if *id == after.open));
+                    let records = world.journal.len();
+                    world.ask(third, Request::QueryKey(after.open));
+                    assert_eq!(world.journal.len(), records, "once is enough");
+                }
+                // The writer is gone before the answer turns out to be lost.
+                world.lose(SessionId([2; 16]), 5);
+                let evidence = world.evidence_of(5);
+                if crash {
+                    world = world.recover();
+                } else {
+                    world.lose(third, 5);
+                    let effects = world.give(Input::LinkLost);
+                    world.look(effects, 5);
+                }
+                assert_eq!(world.evidence_of(5), evidence);
+                let fourth = world.begin(4, "u1");
+                let again = resumed(&world.resume(fourth, &before, 5));
+                // After a crash the open's own evidence is that of the resume: it cannot know of what came later.
+                let wanted = if heard && !crash { Verdict::Unchanged } else { Verdict::Changed };
+                assert_eq!(again.verdict, wanted, "late {late}, keep {keep}, crash {crash}, heard {heard}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_proves_that_a_verdict_was_heard() {
+    for how in ["other session", "bind", "close", "ping", "early"] {
+        let (mut world, before, after) = resumed_beside_a_writer(false, false);
+        let third = SessionId([3; 16]);
+        let heard = |world: &World| world.journal.iter().any(|record| matches!(record, Record::Heard(_)));
+        match how {
+            "other session" => drop(world.ask(SessionId([2; 16]), Request::QueryKey(after.open))),
+            "bind" => drop(world.bind(&session_key(3), &after, 9)),
+            "close" => {
+                world.ask(third, close(after.open));
+                assert!(!heard(&world), "nothing is left to be told");
+                continue;
+            }
+            "ping" => drop(world.ask(third, Request::Ping)),
+            _ => {
+                // The answer has not left: the client asks blindly.
+                world.lose(third, 5);
+                let fourth = world.begin(4, "u1");
+                world.holds_journal = true;
+                let effects = world.ask(fourth, resume(&before, None));
+                assert!(world.look(effects, 5).is_empty());
+                world.ask(fourth, Request::QueryKey(after.open));
+            }
+        }
+        assert_eq!(heard(&world), how == "bind", "{how}");
+    }
 }
