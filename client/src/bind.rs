@@ -17,7 +17,7 @@ use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, FrameKey, Ma
 use holdfast_shared::types::{Access, HandleId, Status, VolumeId};
 use holdfast_shared::wire::data;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use tokio::sync::OwnedSemaphorePermit;
 
 /// What a bind needs to know of the open.
@@ -54,6 +54,8 @@ pub(crate) struct BindingCore {
     pub(crate) payload_to_client: PayloadKey,
     /// Why it was fenced; [`Status::Ok`] while it was not.
     fenced: AtomicU16,
+    /// Its channel ended while a write had no answer: that may still be carried out.
+    write_unanswered: AtomicBool,
 }
 
 impl BindingCore {
@@ -61,6 +63,16 @@ impl BindingCore {
     pub(crate) fn fence(&self, reason: Status) {
         let ok = Status::Ok.number();
         let _ = self.fenced.compare_exchange(ok, reason.number(), Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Notes that the channel has ended before a write of this binding was answered, whoever waited for it.
+    pub(crate) fn write_is_unanswered(&self) {
+        self.write_unanswered.store(true, Ordering::Release);
+    }
+
+    /// True if there is such a write.
+    pub(crate) fn has_unanswered_write(&self) -> bool {
+        self.write_unanswered.load(Ordering::Acquire)
     }
 
     /// Why it was fenced, if it was.
@@ -140,6 +152,7 @@ impl BindWait {
             payload_to_server: PayloadKey::new(&keys.to_server, policy),
             payload_to_client: PayloadKey::new(&keys.to_client, policy),
             fenced: AtomicU16::new(Status::Ok.number()),
+            write_unanswered: AtomicBool::new(false),
         })
     }
 }

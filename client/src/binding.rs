@@ -35,8 +35,10 @@ const PIECES_MAX: usize = 16;
 /// open and its channel alive.
 ///
 /// When its channel ends, or the server fences it, the next request (or one under way) binds again, with a new handle, and is
-/// made again: reads always, writes while nobody else can have written since. Requests wait for that, as
-/// [`crate::Config::recovery`] says.
+/// made again: reads always; writes unless the open was resumed meanwhile and the file found changed. While the open stays
+/// active (its data plane alone went away) there is no verdict: a write that is made again may come after one that another
+/// open, which shares the file, made meanwhile, as of two writes without a lock either may be the last. Requests wait for all
+/// that, as [`crate::Config::recovery`] says.
 ///
 /// [`Binding::unbind`] waits for the server's word; dropping the last clone gives the handle back without waiting.
 ///
@@ -143,6 +145,7 @@ impl Seat {
     pub(crate) fn may_still_write(&self, instance: &[u8; 16], incarnation: u64) -> bool {
         self.core.access.contains(Access::WRITE)
             && self.channel.why_ended().is_some()
+            && self.core.has_unanswered_write()
             && self.channel.facts.instance == *instance
             && self.core.fenced().is_none()
             && self.incarnation.load(Ordering::Acquire) == incarnation
@@ -153,11 +156,15 @@ impl Seat {
         self.channel.piece_max(self.core.policy.covers_payload())
     }
 
-    /// Puts one piece in flight.
-    pub(crate) async fn submit(&self, piece: &Piece) -> Result<Reply> {
+    /// Puts one piece in flight; a write only if it is admitted when its turn has come.
+    pub(crate) async fn submit(
+        &self,
+        piece: &Piece,
+        admits: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Reply> {
         let length =
             u32::try_from(piece.length).map_err(|_| Error::Internal("a checked piece is too long"))?;
-        if piece.write { self.write(piece, length).await } else { self.read(piece, length).await }
+        if piece.write { self.write(piece, length, admits).await } else { self.read(piece, length).await }
     }
 
     async fn read(&self, piece: &Piece, length: u32) -> Result<Reply> {
@@ -169,7 +176,12 @@ impl Seat {
         channel.submit(Some(&self.core), Request::Read { offset: piece.offset, remote }, purpose).await
     }
 
-    async fn write(&self, piece: &Piece, length: u32) -> Result<Reply> {
+    async fn write(
+        &self,
+        piece: &Piece,
+        length: u32,
+        admits: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Reply> {
         let (channel, region, start) = (&self.channel, &piece.region, piece.start);
         let bounce;
         let (source, fetched) = if piece.length <= channel.inline_max() {
@@ -185,7 +197,8 @@ impl Seat {
             (Source::Fetch { region, start, remote }, Fetched::Region { _registration: registration })
         };
         let request = Request::Write { offset: piece.offset, length, source };
-        channel.submit(Some(&self.core), request, Purpose::Write { length, _fetched: fetched }).await
+        let purpose = Purpose::Write { length, _fetched: fetched };
+        channel.submit_if(Some(&self.core), request, purpose, admits).await
     }
 }
 
@@ -286,7 +299,13 @@ impl Binding {
             return Err(Error::Usage(format!("{length} bytes are more than one request moves ({max})")));
         }
         let piece = Piece { region: region.clone(), start: range.start, length, offset: file_offset, write };
-        let submitted = seat.submit(&piece).await;
+        // Again when its turn has come: it may have waited long.
+        let admits = || match inner.open.as_ref().map(|open| open.inner.gate.check()) {
+            Some(Ok(now)) if now != begun => Err(Error::Changed),
+            Some(Err(error)) => Err(error),
+            _ => Ok(()),
+        };
+        let submitted = seat.submit(&piece, &admits).await;
         let again = Again { binding: Arc::clone(inner), seat, piece, begun };
         match submitted {
             Ok(reply) => Ok(InFlight::new(reply, again)),
@@ -395,7 +414,11 @@ impl Binding {
     ///
     /// # Errors
     /// [`Error::WritesLost`] if the server's host was restarted since some of them were made; every flush fails so until
-    /// [`Open::accept_lost_writes`]. And what the server refuses.
+    /// [`Open::accept_lost_writes`]. And what the server refuses: after [`Status::Io`] and [`Status::NoSpace`] the storage
+    /// has not taken them, and later flushes fail as [`Error::WritesLost`] too.
+    ///
+    /// A flush whose answer was lost is made again, and its success is believed. Only if the storage failed in the very flush
+    /// during which the data plane went away is that too much: its failure was told to nobody.
     pub async fn flush(&self) -> Result<()> {
         self.flush_as(false).await
     }
@@ -434,6 +457,11 @@ impl Binding {
                 (Err(Error::WritesLost), Some(open)) => {
                     open.inner.durable.lose();
                     return Err(Error::WritesLost);
+                }
+                (Err(error), Some(open)) if matches!(error.status(), Some(Status::Io | Status::NoSpace)) => {
+                    // The kernel tells a failed write-back once, and forgets the bytes: a later flush would succeed.
+                    open.inner.durable.lose();
+                    return Err(error);
                 }
                 (Ok(()), Some(open)) => return open.inner.durable.done(number),
                 (outcome, _) => return outcome,

@@ -148,9 +148,10 @@ pub enum Error {
         what: &'static str,
     },
     /// A write was under way when its channel broke, and since then the open was not protected all the while: whether the
-    /// bytes took effect before somebody else's is not known, and they must not be written over these.
+    /// bytes took effect before somebody else's is not known, and they must not be written over these. Or, with
+    /// `recovery = "soft"`, the server did not come back in time: it was carried out, or not.
     #[error(
-        "a write was under way when the channel broke, and others may have written since: its fate is unknown"
+        "a write was under way when the channel broke, and could not be made again safely: its fate is unknown"
     )]
     WriteFateUnknown,
     /// The file was changed by somebody else while the open was detached (or it can't be known that it was not). Every

@@ -38,6 +38,8 @@ pub(crate) struct Home {
     current: ArcSwap<Shared>,
     wanted: Transport,
     closed: AtomicBool,
+    /// It was verbs once, and will be again if it can.
+    was_verbs: AtomicBool,
     /// One connects; the others wait for it.
     healing: tokio::sync::Mutex<()>,
 }
@@ -62,7 +64,9 @@ pub(crate) fn may_heal(why: &Ended) -> bool {
 
 impl DataChannel {
     pub(crate) fn new(shared: Arc<Shared>, wanted: Transport, fallback: Option<String>) -> Self {
+        let was_verbs = AtomicBool::new(shared.identity.transport == TransportKind::Verbs);
         let home = Home {
+            was_verbs,
             current: ArcSwap::new(shared),
             wanted,
             closed: AtomicBool::new(false),
@@ -139,9 +143,11 @@ impl Home {
                 return Ok(live);
             }
             patience.pause("the data plane's return", backoff.next()).await?;
-            match self.again(open, since).await {
+            match patience.wait("the data plane's return", self.again(open, since)).await? {
                 Ok(shared) => {
                     tracing::info!(peer = %shared.peer, "the data channel is connected again");
+                    self.was_verbs
+                        .fetch_or(shared.identity.transport == TransportKind::Verbs, Ordering::AcqRel);
                     self.current.store(shared);
                     // Closed meanwhile? The next round sees to it.
                     if self.closed.load(Ordering::Acquire) {
@@ -166,9 +172,8 @@ impl Home {
     async fn again(&self, open: &Open, since: Instant) -> Result<Arc<Shared>> {
         // Endpoints change with a new data plane.
         open.query_key().await?;
-        let was = self.current.load().identity.transport;
         let sticks = self.wanted == Transport::Auto
-            && was == TransportKind::Verbs
+            && self.was_verbs.load(Ordering::Acquire)
             && since.elapsed() < STICKS_TO_VERBS;
         match open.connect_once(if sticks { Transport::Verbs } else { self.wanted }).await {
             Ok((shared, _)) => Ok(shared),

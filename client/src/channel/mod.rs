@@ -167,11 +167,25 @@ impl Shared {
         request: Request<'_>,
         purpose: Purpose,
     ) -> Result<Reply> {
+        self.submit_if(binding, request, purpose, &|| Ok(())).await
+    }
+
+    /// As [`Shared::submit`], if the request is still admitted when its turn has come.
+    pub(crate) async fn submit_if(
+        self: &Arc<Self>,
+        binding: Option<&Arc<BindingCore>>,
+        request: Request<'_>,
+        purpose: Purpose,
+        admits: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Reply> {
         let credit = self.credits.acquire().await.map_err(|_| self.ended())?;
         let mut purpose = Some(purpose);
         let number = std::future::poll_fn(|cx| {
             if let Some(status) = binding.and_then(|binding| binding.fenced()) {
                 return Poll::Ready(Err(Error::refused(status)));
+            }
+            if let Err(error) = admits() {
+                return Poll::Ready(Err(error));
             }
             let mut state = self.state.lock();
             let sent = state.send(binding, &request, &mut purpose);

@@ -193,6 +193,12 @@ impl State {
         }
         credits.close();
         self.slots.retain(|_, slot| {
+            // Also one whose caller has gone.
+            if let (None, Some(Purpose::Write { .. }), Some(binding)) =
+                (&slot.outcome, &slot.purpose, &slot.binding)
+            {
+                binding.write_is_unanswered();
+            }
             // From here on the device cannot reach what the purpose holds.
             slot.purpose = None;
             slot.outcome.get_or_insert_with(|| Err(Failure::Ended(why.clone())));

@@ -151,6 +151,8 @@ impl Inner {
 
     /// The open is this connection's.
     pub(crate) fn is_resumed(&self, connection: &Arc<Connection>, resumed: Resumed) {
+        // First: nothing may be bound or sent by what follows before the gate is shut.
+        self.shut_if_changed(resumed.verdict);
         let incarnation = {
             let mut life = self.life.lock();
             life.grant = resumed.opened.key;
@@ -164,7 +166,7 @@ impl Inner {
             binding.resumed(incarnation, &resumed.kept);
         }
         self.locks.executed(resumed.lock_sequence);
-        self.judged(resumed.verdict, resumed.locks_kept);
+        self.tell(resumed.verdict, resumed.locks_kept);
         // Last: whoever waits for it finds all of the above.
         self.attach(connection);
     }
@@ -179,12 +181,33 @@ impl Inner {
         });
     }
 
-    pub(super) fn judged(&self, verdict: Verdict, locks_kept: bool) {
+    pub(super) fn shut_if_changed(&self, verdict: Verdict) {
         if verdict == Verdict::Changed {
             tracing::warn!(open = %self.id, "the file was changed by somebody else while the open was detached");
             self.gate.changed();
         }
+    }
+
+    pub(super) fn tell(&self, verdict: Verdict, locks_kept: bool) {
+        if !locks_kept {
+            self.locks_lapsed.store(true, Ordering::Release);
+        }
         let _ = self.events.send(Event::Resumed { verdict, locks_kept });
+    }
+
+    pub(crate) fn hold(&self) -> Duration {
+        self.hold
+    }
+
+    /// Why it is over, in words that fit an open which ends with its session.
+    pub(crate) fn explained(&self, over: Over) -> Over {
+        match over {
+            Over::Refused(mut refusal) if refusal.status == Status::BadKey && self.hold.is_zero() => {
+                refusal.detail = "the open had no hold time, and ended with its session".into();
+                Over::Refused(refusal)
+            }
+            over => over,
+        }
     }
 
     /// The open is over: tells everybody who waits, and everybody who comes.
@@ -208,6 +231,12 @@ impl Open {
     /// verdict to accept.
     pub fn accept_change(&self) -> bool {
         self.inner.gate.accept()
+    }
+
+    /// True if its locks, if it had any, protected it all the while: at every resume the server said so. Once false it stays
+    /// false: what was read and written under a lock may have been so beside another's.
+    pub fn locks_held_throughout(&self) -> bool {
+        !self.inner.locks_lapsed.load(Ordering::Acquire)
     }
 
     /// Writes were reported lost ([`Error::WritesLost`]), and the application will repeat them: flushes succeed again.

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The server remembers the last 32 numbers of an open. A request that waits and would fall out of them is cancelled and
-//! asked again under a new number.
+//! asked again under a new number. A cancel may be lost, or come before what it cancels: it is sent again while somebody
+//! waits for it, and a request that is to be renumbered is not sent as one that waits.
 
 use super::options::millis;
 use super::{Inner, Open};
@@ -20,9 +21,13 @@ use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 /// Numbers that the server remembers.
 const REMEMBERED: u64 = 32;
+
+/// Between two cancels of the request that is in the way of a new number.
+const CANCEL_AGAIN: Duration = Duration::from_millis(500);
 
 /// How to lock.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -99,8 +104,8 @@ impl Inner {
                 match table.under_way.first_entry() {
                     Some(mut oldest) if next >= oldest.key() + REMEMBERED => {
                         let change = oldest.get_mut();
-                        let cancel = change.waits && !std::mem::replace(&mut change.renumber, true);
-                        cancel.then(|| *oldest.key())
+                        change.renumber |= change.waits;
+                        change.waits.then(|| *oldest.key())
                     }
                     _ => {
                         table.last = next;
@@ -112,7 +117,8 @@ impl Inner {
             if let Some(sequence) = in_the_way {
                 self.cancel(sequence);
             }
-            fewer.await;
+            // What was cancelled may not have got there, or have gone again on another connection.
+            let _ = timeout(CANCEL_AGAIN, fewer).await;
         }
     }
 
@@ -127,18 +133,21 @@ impl Inner {
         match reply {
             Ok(Reply::Done) => Ok(Some(())),
             Ok(_) => Err(unexpected("lock")),
-            Err(error) if error.status() == Some(Status::Cancelled) => {
-                let renumber = self
-                    .locks
-                    .table
-                    .lock()
-                    .under_way
-                    .get(&turn.sequence)
-                    .is_some_and(|change| change.renumber);
-                if renumber { Ok(None) } else { Err(error) }
-            }
-            Err(error) => Err(error),
+            Err(error) => match error.status() {
+                // Refused only because it was not to wait under this number.
+                Some(Status::Cancelled | Status::LockNotGranted | Status::Busy)
+                    if self.renumbers(turn.sequence) =>
+                {
+                    Ok(None)
+                }
+                _ => Err(error),
+            },
         }
+    }
+
+    /// True if the change is to get another number.
+    fn renumbers(&self, sequence: u64) -> bool {
+        self.locks.table.lock().under_way.get(&sequence).is_some_and(|change| change.renumber)
     }
 }
 
@@ -173,14 +182,16 @@ impl Open {
             let sequence = turn.sequence;
             let request = || {
                 inner.gate.check()?;
+                // It may have been granted, so it is asked by its number all the same; but there it waits no more.
+                let wait = if inner.renumbers(sequence) { None } else { rest() };
                 let lock = control::Lock {
                     open: inner.id,
                     sequence,
                     owner: options.owner,
                     locks: locks.to_vec(),
-                    wait_ms: rest().map(millis),
+                    wait_ms: wait.map(millis),
                 };
-                Ok((Request::Lock(lock), rest().unwrap_or_default()))
+                Ok((Request::Lock(lock), wait.unwrap_or_default()))
             };
             if inner.change_locks(&mut turn, request).await?.is_some() {
                 return Ok(());

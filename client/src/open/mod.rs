@@ -73,6 +73,10 @@ pub(crate) struct Inner {
     events: broadcast::Sender<Event>,
     /// Bindings to keep when the open is resumed.
     pub(crate) bindings: Mutex<Vec<Weak<binding::Inner>>>,
+    /// Its session is replaced for its sake.
+    pub(crate) replaces: AtomicBool,
+    /// A resume found that its locks had not protected it.
+    locks_lapsed: AtomicBool,
     /// Somebody is closing it, or has.
     closed: AtomicBool,
     /// The server has closed it.
@@ -135,6 +139,8 @@ impl Open {
                 locks: Locks::default(),
                 events: broadcast::Sender::new(events::EVENTS_MAX),
                 bindings: Mutex::default(),
+                replaces: AtomicBool::new(false),
+                locks_lapsed: AtomicBool::new(false),
                 closed: AtomicBool::new(false),
                 finished: AtomicBool::new(false),
             }),
@@ -145,7 +151,8 @@ impl Open {
     pub(crate) fn resumed(session: &Session, on: &Arc<Connection>, resumed: control::Resumed) -> Resumed {
         let open = Self::new(session, on, resumed.opened, Some(resumed.share));
         open.inner.locks.executed(resumed.lock_sequence);
-        open.inner.judged(resumed.verdict, resumed.locks_kept);
+        open.inner.shut_if_changed(resumed.verdict);
+        open.inner.tell(resumed.verdict, resumed.locks_kept);
         session.inner.register(&open.inner, on);
         Resumed { open, verdict: resumed.verdict, locks_kept: resumed.locks_kept, kept: resumed.kept }
     }

@@ -9,7 +9,10 @@
 //!
 //! Writes of an old binding cannot land once it is fenced, which the server does before it answers a resume that does not
 //! keep it, or once its data plane is dead: that has no queue pairs, and finishes no request. A data plane that lives
-//! (the same instance as before), and only lost the channel, may still be at one.
+//! (the same instance as before), and only lost the channel, may still be at one that it has not answered. Then the next
+//! session is connected while this one still lives, and its resume of the open supersedes it: so the open is never without a
+//! session, and survives also with a hold time of zero. The session's other opens follow; of those with a hold time of zero
+//! the server spares only the one by which a session is superseded, and the others end with an error that says so.
 
 use super::{Backoff, Patience, gone, may_pass};
 use crate::bind::{self, BindRequest};
@@ -19,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::open::Open;
 use holdfast_shared::types::{Access, Status};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Refusals of a key that should be good, before they are believed: it may be that of a moment ago.
 const BAD_KEYS_MAX: u32 = 3;
@@ -59,7 +63,12 @@ impl Trials {
             return Err(Error::refused(Status::NotBound));
         }
         let seat = seat(open, &binding.home, binding.access, Some(failed), &mut self.patience).await?;
-        binding.seat.store(Arc::new(seat));
+        let seat = Arc::new(seat);
+        binding.seat.store(Arc::clone(&seat));
+        // Given back meanwhile? That may have been the seat of before.
+        if binding.is_unbound() {
+            seat.channel.unbind_later(Arc::clone(&seat.core));
+        }
         // On a channel that lives, its number goes back.
         failed.channel.unbind_later(Arc::clone(&failed.core));
         Ok(())
@@ -89,9 +98,10 @@ pub(crate) async fn seat(
         };
         if old.is_some_and(|old| old.may_still_write(&channel.facts.instance, incarnation)) {
             tracing::info!(
-                "the data channel broke with its data plane alive: the session is replaced to fence what was under way"
+                "the data channel broke with its data plane alive and writes under way: the session is replaced to fence them"
             );
-            connection.cut();
+            inner.replaces.store(true, Ordering::Release);
+            connection.leave();
             inner.ready(Some(&connection), patience).await?;
             continue;
         }
@@ -103,7 +113,8 @@ pub(crate) async fn seat(
             access,
             secret: &secret,
         };
-        let error = match bind::bind(&channel, &request).await {
+        let bound = patience.wait("the binding", bind::bind(&channel, &request)).await?;
+        let error = match bound {
             Ok(core) => {
                 inner.durable.bound(core.verifier);
                 return Ok(Seat::new(core, channel, incarnation));
@@ -117,7 +128,7 @@ pub(crate) async fn seat(
         match error.status() {
             Some(Status::BadKey) if old.is_some() && bad_keys < BAD_KEYS_MAX => {
                 bad_keys += 1;
-                open.query_key().await?;
+                patience.wait("the binding", open.query_key()).await??;
             }
             Some(Status::Fenced | Status::NotBound) => {}
             Some(status) if may_pass(status) && status != Status::TooMany => {}

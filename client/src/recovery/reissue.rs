@@ -4,7 +4,10 @@
 //! |---|---|
 //! | a read | always, once the open may be read |
 //! | a write, never sent | the same |
-//! | a write, perhaps carried out | while nobody else can have written since: the file was not found changed. Else [`Error::WriteFateUnknown`] |
+//! | a write, perhaps carried out | unless the file was found changed since: then [`Error::WriteFateUnknown`] |
+//!
+//! The file is looked at when the open is resumed. While it stays active no verdict is taken: a write made again may then
+//! come after one of another open that shares the file, as of any two writes without a lock either may be the last.
 //!
 //! The same bytes go to the same place, so a write that was carried out before does no harm, and what is late of it cannot
 //! land any more (see [`super::rebind`]).
@@ -56,9 +59,15 @@ impl Again {
         loop {
             let replaced = trials.replace(&binding, open, &self.seat).await;
             self.may_go_on(open, sent)?;
-            replaced?;
+            match replaced {
+                // Given up, with `recovery = "soft"`.
+                Err(Error::TimedOut { .. }) if self.piece.write && sent => {
+                    return Err(Error::WriteFateUnknown);
+                }
+                replaced => replaced?,
+            }
             self.seat = binding.seat.load_full();
-            match self.once(&mut done).await {
+            match self.once(&mut done, &|| self.may_go_on(open, sent)).await {
                 Ok(count) => {
                     self.acknowledged();
                     return Ok(count);
@@ -82,7 +91,7 @@ impl Again {
     }
 
     /// On the seat as it is now, in as many pieces as that needs. `done` counts what is surely done.
-    async fn once(&self, done: &mut usize) -> Result<usize> {
+    async fn once(&self, done: &mut usize, admits: &(dyn Fn() -> Result<()> + Sync)) -> Result<usize> {
         let piece = &self.piece;
         let max = self.seat.piece_max();
         while *done < piece.length {
@@ -94,7 +103,7 @@ impl Again {
                 offset: piece.offset + *done as u64,
                 write: piece.write,
             };
-            let count = self.seat.submit(&part).await?.count().await?;
+            let count = self.seat.submit(&part, admits).await?.count().await?;
             *done += count;
             if count < wanted {
                 break;

@@ -15,6 +15,7 @@ use holdfast_shared::types::{HandleId, OpenId, SessionId, Status, Verdict};
 use holdfast_shared::wire::control::{self, Reply, Request};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 
 /// An open that stays busy for so long has been taken over by another session of this client.
 const TAKEN_AFTER: Duration = Duration::from_secs(10);
@@ -119,6 +120,9 @@ async fn ask(
     let mut others = held_by.iter().rev().copied().filter(|session| *session != connection.id());
     let mut supersede = others.next();
     loop {
+        if let Some(resumed) = connection.late_resume(key) {
+            return Ok(resumed);
+        }
         let resume = control::Resume { resume_key: key.to_vec(), supersede, keep: keep.to_vec() };
         match connection.call(Request::Resume(resume)).await {
             Ok(Reply::Resumed(resumed)) => return Ok(resumed),
@@ -126,13 +130,18 @@ async fn ask(
                 return Err(Trouble::Other(Error::Gone { reason: gone.reason, changed: gone.changed }));
             }
             Ok(_) => return Err(Trouble::Other(unexpected("resume"))),
-            Err(Trouble::Other(error)) if error.status() == Some(Status::Busy) => match others.next() {
+            Err(Trouble::Other(error)) if is_live_elsewhere(&error) => match others.next() {
                 Some(other) => supersede = Some(other),
                 None => return Err(Trouble::Other(error)),
             },
             Err(trouble) => return Err(trouble),
         }
     }
+}
+
+/// True if a session has the open; else it is busy for a moment, and it is said when to ask again.
+fn is_live_elsewhere(error: &Error) -> bool {
+    matches!(error, Error::Refused(refusal) if refusal.status == Status::Busy && refusal.retry.is_none())
 }
 
 /// Asks once more what has become of an open that a request says is gone: a tombstone knows more.
@@ -144,15 +153,19 @@ pub(crate) async fn autopsy(connection: &Arc<Connection>, key: &[u8]) -> Option<
 }
 
 /// Resumes one open on a new connection: until it is attached, over, or dropped, or the connection ends.
-pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>) {
+/// A place of `places` is taken for each attempt, and not while it waits for the next.
+pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>, places: &Semaphore) {
     let (mut backoff, mut busy_since) = (Backoff::control(), None);
     loop {
         tokio::time::sleep(backoff.next()).await;
+        let place = places.acquire().await;
         // Not held while it waits: an open that is dropped meanwhile is closed.
         let Some((key, held_by, kept)) = open.upgrade().map(|open| open.to_resume(connection)) else {
             return;
         };
-        let error = match ask(connection, &key, &held_by, &kept).await {
+        let answer = ask(connection, &key, &held_by, &kept).await;
+        drop(place);
+        let error = match answer {
             Ok(resumed) => {
                 let id = resumed.opened.open;
                 match open.upgrade() {
@@ -168,7 +181,7 @@ pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>) {
             // It may succeed yet, behind our back: a session to supersede is clear, this is not.
             return connection.cut();
         }
-        let busy = error.status() == Some(Status::Busy);
+        let busy = is_live_elsewhere(&error);
         let since: &mut Option<Instant> = &mut busy_since;
         let taken = busy && since.get_or_insert_with(Instant::now).elapsed() > TAKEN_AFTER;
         if !busy {
@@ -178,7 +191,7 @@ pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>) {
         let Some(over) = over else { continue };
         tracing::warn!(%error, "an open could not be resumed");
         if let Some(open) = open.upgrade() {
-            open.over(&over);
+            open.over(&open.explained(over));
         }
         return;
     }

@@ -13,7 +13,9 @@ use crate::error::{Ended, Error, Refusal, Result};
 use crate::tls;
 use holdfast_shared::auth::SessionKey;
 use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, ProcessId, SessionId};
-use holdfast_shared::wire::control::{Hello, Reply, ReplyMessage, Request, RequestMessage, VERSION, Welcome};
+use holdfast_shared::wire::control::{
+    Hello, Reply, ReplyMessage, Request, RequestMessage, Resumed, VERSION, Welcome,
+};
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -29,6 +31,8 @@ use tokio::time::timeout;
 
 /// Requests under way on one connection.
 pub(crate) const REQUESTS_MAX: usize = 64;
+/// Of those that wait at the server for something, beside these.
+const WAITS_MAX: usize = 192;
 /// A silent server is asked for a sign of life after so long, seconds; and again.
 const KEEPALIVE_S: u64 = 5;
 /// So many unanswered ones end the connection.
@@ -39,11 +43,14 @@ pub(crate) struct Connection {
     outgoing: mpsc::Sender<Outgoing>,
     waiting: Arc<Waiting>,
     places: Arc<Semaphore>,
+    waits: Arc<Semaphore>,
     next_id: AtomicU64,
     key: SessionKey,
     server: SocketAddr,
     welcome: Welcome,
     request_max: Duration,
+    /// Answers to resumes that nobody took, by the key asked.
+    late: Mutex<Vec<(Vec<u8>, Resumed)>>,
     tasks: [AbortHandle; 2],
 }
 
@@ -71,6 +78,7 @@ struct Waiting {
 
 struct Waiter {
     reply: oneshot::Sender<Parcel>,
+    resume_key: Option<Vec<u8>>,
     /// For a reply that cannot be left lying.
     connection: Weak<Connection>,
     /// Held until the reply comes, also when the caller has gone: this bounds the table.
@@ -79,17 +87,20 @@ struct Waiter {
 
 impl Waiter {
     fn deliver(self, reply: Reply) {
-        let Self { reply: sender, connection, _place: place } = self;
+        let Self { reply: sender, resume_key, connection, _place: place } = self;
         // Given back first: a parcel that is not taken may need it.
         drop(place);
-        drop(sender.send(Parcel { reply: Some(reply), connection }));
+        drop(sender.send(Parcel { reply: Some(reply), resume_key, connection }));
     }
 }
 
-/// A reply on its way to a caller. Should that have gone, or go before it takes the reply, an open in it is closed again:
-/// nobody else knows of it.
+/// A reply on its way to a caller. Should that have gone, or go before it takes the reply, a new open in it is closed
+/// again: nobody else knows of it. One that was resumed was known before: it stays, and whoever resumes it again on this
+/// connection finds the answer.
 struct Parcel {
     reply: Option<Reply>,
+    /// Of a resume: by which key.
+    resume_key: Option<Vec<u8>>,
     connection: Weak<Connection>,
 }
 
@@ -101,12 +112,12 @@ impl Parcel {
 
 impl Drop for Parcel {
     fn drop(&mut self) {
-        let id = match &self.reply {
-            Some(Reply::Opened(opened)) => opened.open,
-            Some(Reply::Resumed(resumed)) => resumed.opened.open,
+        let Some(connection) = self.connection.upgrade() else { return };
+        let id = match (self.reply.take(), self.resume_key.take()) {
+            (Some(Reply::Opened(opened)), _) => opened.open,
+            (Some(Reply::Resumed(resumed)), Some(key)) => return connection.keep_late(key, resumed),
             _ => return,
         };
-        let Some(connection) = self.connection.upgrade() else { return };
         tracing::debug!(open = %id, "nobody waits for the open any more: closing it");
         if !connection.call_and_forget(Request::Close(id)) {
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
@@ -176,7 +187,9 @@ impl Connection {
         let waiting = Arc::new(Waiting { table: Mutex::default(), over: watch::Sender::new(None) });
         let places = Arc::new(Semaphore::new(REQUESTS_MAX));
         let (outgoing, queue) = mpsc::channel(REQUESTS_MAX);
-        let reader = tokio::spawn(read_all(input, Arc::clone(&waiting), Arc::clone(&places)));
+        let waits = Arc::new(Semaphore::new(WAITS_MAX));
+        let all = [Arc::clone(&places), Arc::clone(&waits)];
+        let reader = tokio::spawn(read_all(input, Arc::clone(&waiting), all));
         let reading = reader.abort_handle();
         let writer = tokio::spawn(write_all(output, queue, reader, Arc::clone(&waiting)));
         let tasks = [reading, writer.abort_handle()];
@@ -184,11 +197,13 @@ impl Connection {
             outgoing,
             waiting,
             places,
+            waits,
             next_id: AtomicU64::new(1),
             key,
             server,
             welcome,
             request_max: config.request_max(),
+            late: Mutex::default(),
             tasks,
         }))
     }
@@ -208,7 +223,9 @@ impl Connection {
         let lost = |sent| Trouble::Lost { sent };
         // One limit for all of it: a server that does not answer keeps callers from getting a place, too.
         let reply = timeout(after, async {
-            let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| lost(false))?;
+            // Requests that wait at the server must not keep back those that they wait for.
+            let places = if longer.is_zero() { &self.places } else { &self.waits };
+            let place = Arc::clone(places).acquire_owned().await.map_err(|_| lost(false))?;
             let slot = self.outgoing.reserve().await.map_err(|_| lost(false))?;
             let (sender, receiver) = oneshot::channel();
             self.hand_over(request, sender, place, slot)?;
@@ -237,12 +254,16 @@ impl Connection {
         slot: mpsc::Permit<'_, Outgoing>,
     ) -> std::result::Result<(), Trouble> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let resume_key = match &request {
+            Request::Resume(resume) => Some(resume.resume_key.clone()),
+            _ => None,
+        };
         let frame = frame(&RequestMessage { id, request }).map_err(Trouble::Other)?;
         let mut table = self.waiting.table.lock();
         if self.is_over() {
             return Err(Trouble::Lost { sent: false });
         }
-        table.insert(id, Waiter { reply, connection: Arc::downgrade(self), _place: place });
+        table.insert(id, Waiter { reply, resume_key, connection: Arc::downgrade(self), _place: place });
         slot.send(Outgoing::Frame(frame));
         Ok(())
     }
@@ -255,10 +276,36 @@ impl Connection {
         }
     }
 
+    /// No request takes it any more, and the session connects again; what is under way may still be answered. It lives
+    /// until a resume on the next connection supersedes it, or nobody holds it.
+    pub(crate) fn leave(&self) {
+        self.waiting.over.send_if_modified(|over| {
+            let first = over.is_none();
+            over.get_or_insert(Ended::Closed);
+            first
+        });
+    }
+
+    fn keep_late(&self, key: Vec<u8>, resumed: Resumed) {
+        tracing::debug!(open = %resumed.opened.open, "nobody waits for the resume any more: its answer is kept");
+        let mut late = self.late.lock();
+        if late.len() < REQUESTS_MAX {
+            late.push((key, resumed));
+        }
+    }
+
+    /// The answer to an earlier resume by this key, which nobody took.
+    pub(crate) fn late_resume(&self, key: &[u8]) -> Option<Resumed> {
+        let mut late = self.late.lock();
+        let at = late.iter().position(|(asked, _)| asked == key)?;
+        Some(late.swap_remove(at).1)
+    }
+
     /// Ends the connection without waiting; who waits for replies is told at once.
     pub(crate) fn cut(&self) {
         self.waiting.end(Ended::Closed);
         self.places.close();
+        self.waits.close();
         self.tasks.iter().for_each(AbortHandle::abort);
     }
 
@@ -342,7 +389,7 @@ async fn read_reply(input: &mut (impl AsyncRead + Unpin)) -> Result<Option<Reply
         .map_err(|error| Error::Misbehaved(error.to_string()))
 }
 
-async fn read_all(mut input: impl AsyncRead + Unpin, waiting: Arc<Waiting>, places: Arc<Semaphore>) {
+async fn read_all(mut input: impl AsyncRead + Unpin, waiting: Arc<Waiting>, places: [Arc<Semaphore>; 2]) {
     let why = loop {
         match read_reply(&mut input).await {
             Ok(Some(ReplyMessage { id, reply })) => {
@@ -362,7 +409,7 @@ async fn read_all(mut input: impl AsyncRead + Unpin, waiting: Arc<Waiting>, plac
     };
     tracing::debug!(%why, "the connection has ended");
     waiting.end(why);
-    places.close();
+    places.iter().for_each(|places| places.close());
 }
 
 async fn write_all(

@@ -199,6 +199,28 @@ async fn a_reply_that_is_not_taken_closes_its_open() {
 }
 
 #[tokio::test]
+async fn a_resume_that_nobody_waits_for_any_more_is_found_by_the_next() {
+    let mut control = crate::scripted::Control::start().await;
+    let config = control.config();
+    let (session, mut peer) = tokio::join!(Session::connect(&config), control.accept());
+    let (session, id) = (session.unwrap(), crate::OpenId([8; 16]));
+    let options = crate::ResumeOptions::default();
+    let asked = tokio::select! {
+        _ = session.resume(b"key", &options) => panic!("it was not answered"),
+        (asked, _) = peer.resume() => asked,
+    };
+    peer.resumed(asked, id, crate::Verdict::Unchanged, &[]).await;
+    let (ping, ()) = tokio::join!(session.ping(), async {
+        let asked = peer.next().await.unwrap();
+        assert!(matches!(asked.request, Request::Ping), "{:?}", asked.request);
+        peer.give(asked.id, Reply::Done).await;
+    });
+    ping.unwrap();
+    let again = timeout(Duration::from_secs(10), session.resume(b"key", &options)).await;
+    assert_eq!(again.expect("the answer is lost").unwrap().open.id(), id);
+}
+
+#[tokio::test]
 async fn a_request_without_a_place_times_out_and_a_close_is_made_up_for() {
     let pki = Pki::new();
     let (release, released) = oneshot::channel::<()>();

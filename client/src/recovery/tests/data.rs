@@ -284,17 +284,37 @@ async fn rsm_17_a_channel_that_broke_alone_is_fenced_before_writes_go_again() {
     world.plane.until(|script| script.held == 1).await;
     world.plane.cut();
     world.plane.script.lock().hold = false;
-    // The session is replaced, and the resume keeps nothing of the broken channel.
-    let at = world.plane.at();
-    assert!(world.peer.keys(at).await.is_none(), "the session goes on");
-    let keep = world.lose_control(Verdict::Unchanged, &[]).await;
-    assert_eq!(
-        (keep, world.plane.script.lock().log.len()),
-        (Vec::new(), 0),
-        "nothing was written before that"
-    );
+    // The session is replaced while it lives, and the resume keeps nothing of the broken channel.
+    let (at, before) = (world.plane.at(), world.peer.session);
+    let mut next = tokio::select! {
+        asked = world.peer.keys(at) => panic!("the session was ended first: {asked:?}"),
+        next = world.control.accept() => next,
+    };
+    let (id, resume) = next.resume().await;
+    assert_eq!((resume.supersede, resume.keep), (Some(before), Vec::new()));
+    assert_eq!(world.plane.script.lock().log, [], "nothing was written before that");
+    world.plane.script.lock().secret = Some(next.key.bind_secret(OPEN));
+    next.resumed(id, OPEN, Verdict::Unchanged, &[]).await;
+    world.peer = next;
     assert_eq!(world.with_keys(write).await.unwrap().unwrap(), 5000);
     assert_eq!(world.plane.script.lock().log, [('w', 0)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_that_broke_without_writes_under_way_costs_no_session() {
+    let mut world = World::new(|_| ()).await;
+    let binding = world.binding.clone();
+    binding.write_all(&region(b"answered"), 0..8, 0).await.unwrap();
+    world.plane.change(|script| script.hold = true);
+    let read = tokio::spawn({
+        let binding = binding.clone();
+        async move { binding.read_vec(0, 8).await }
+    });
+    world.plane.until(|script| script.held == 1).await;
+    world.plane.cut();
+    world.plane.script.lock().hold = false;
+    assert_eq!(world.with_keys(read).await.unwrap().unwrap(), b"answered");
+    assert_eq!(world.open.epoch(), 1, "the session goes on");
 }
 
 #[tokio::test(flavor = "multi_thread")]
