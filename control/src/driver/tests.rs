@@ -82,18 +82,24 @@ impl Running {
     }
 
     async fn session(&self, number: u8) -> Session {
+        let mut session = self.begin(number.into()).await;
+        assert!(matches!(session.answer().await, (0, Reply::Welcome(_))));
+        session
+    }
+
+    /// A session that was not welcomed yet.
+    async fn begin(&self, number: u64) -> Session {
         let (sender, answers) = mpsc::channel(10_000);
         let began = SessionBegan {
-            session: SessionId::from_random([number; 16]),
+            session: SessionId::from_random(u128::from(number + 1).to_le_bytes()),
             request: 0,
             principal: "u".into(),
-            key: SessionKey::new(Secret::new([number; 32])),
+            key: SessionKey::new(Secret::new([7; 32])),
             process: ProcessId(7),
         };
-        let mut session = Session { id: began.session, events: self.events.clone(), answers, last: 0 };
+        let session = Session { id: began.session, events: self.events.clone(), answers, last: 0 };
         let address = SocketAddr::from(([127, 0, 0, 1], 1));
         self.tell(Event::Begin(Box::new(began), address, sender)).await;
-        assert!(matches!(session.answer().await, (0, Reply::Welcome(_))));
         session
     }
 
@@ -161,18 +167,29 @@ impl Session {
 
     /// Resumes; `None` if there is no space for that.
     async fn resume(&mut self, opened: &Opened) -> Option<Opened> {
-        let resume = Resume { resume_key: opened.key.resume_key.clone(), supersede: None, keep: Vec::new() };
+        self.send(resume(opened)).await;
+        self.resumed(opened).await
+    }
+
+    /// The resume was asked for; it is again while the old session's end goes on.
+    async fn resumed(&mut self, opened: &Opened) -> Option<Opened> {
         loop {
-            match self.ask(Request::Resume(resume.clone())).await {
+            match self.answer().await.1 {
                 Reply::Resumed(resumed) => return Some(resumed.opened),
                 Reply::Refused(refusal) if refusal.status == Status::NoSpace => return None,
                 Reply::Refused(refusal) if refusal.status == Status::Busy => {
                     tokio::time::sleep(Duration::from_millis(1)).await;
+                    self.send(resume(opened)).await;
                 }
                 other => panic!("not resumed: {other:?}"),
             }
         }
     }
+}
+
+fn resume(opened: &Opened) -> Request {
+    let resume_key = opened.key.resume_key.clone();
+    Request::Resume(Resume { resume_key, supersede: None, keep: Vec::new() })
 }
 
 fn range(round: u64) -> LockRange {
@@ -187,30 +204,34 @@ async fn what_happens_during_a_checkpoint_is_told_once() {
     // Due as soon as the journal has twice the length of the last checkpoint.
     let settings = Settings { sync: false, checkpoint_mib: 0 };
     let running = Running::start(directory.path(), &settings, 1, Vec::new()).await;
-    let mut session = running.session(1).await;
     let mut opens = Vec::new();
     for number in 0..100 {
-        opens.push(session.open(number).await);
+        let mut session = running.begin(u64::from(number)).await;
+        assert!(matches!(session.answer().await, (0, Reply::Welcome(_))));
+        let opened = session.open(number).await;
+        opens.push((session, opened));
     }
-    const ROUNDS: u64 = 30;
+    const ROUNDS: u64 = 20;
     for round in 1..=ROUNDS {
-        for opened in &opens {
+        // Nothing is waited for, so that always something happens while a chunk is made.
+        for (session, opened) in &mut opens {
+            let (open, owner) = (opened.open, 1);
             let locks = vec![LockItem { range: range(round), kind: LockKind::Exclusive }];
-            let lock = Lock { open: opened.open, sequence: 2 * round, owner: 1, locks, wait_ms: None };
+            let lock = Lock { open, sequence: 2 * round, owner, locks, wait_ms: None };
             session.send(Request::Lock(lock)).await;
+            if round > 1 {
+                let unlock = Unlock { open, sequence: 2 * round + 1, owner, ranges: vec![range(round - 1)] };
+                session.send(Request::Unlock(unlock)).await;
+            }
+            running.tell(Event::Lost(session.id)).await;
         }
-        for opened in opens.iter().filter(|_| round > 1) {
-            let ranges = vec![range(round - 1)];
-            let unlock = Unlock { open: opened.open, sequence: 2 * round + 1, owner: 1, ranges };
-            session.send(Request::Unlock(unlock)).await;
+        for (number, (session, opened)) in (round * 100..).zip(&mut opens) {
+            *session = running.begin(number).await;
+            session.send(resume(opened)).await;
         }
-        for _ in 0..opens.len() * if round > 1 { 2 } else { 1 } {
-            assert_eq!(session.answer().await.1, Reply::Done);
-        }
-        running.tell(Event::Lost(session.id)).await;
-        session = running.session(u8::try_from(round).unwrap() + 1).await;
-        for opened in &mut opens {
-            *opened = session.resume(opened).await.unwrap();
+        for (session, opened) in &mut opens {
+            assert!(matches!(session.answer().await, (0, Reply::Welcome(_))));
+            *opened = session.resumed(opened).await.unwrap();
         }
     }
     let checkpoints = running.gauges.journal_checkpoints_total.load(Relaxed);
@@ -221,7 +242,7 @@ async fn what_happens_during_a_checkpoint_is_told_once() {
     let (authority, reopens) = recovery.finish(read.summary().last_sequence);
     assert_eq!(reopens.len(), opens.len());
     let views = authority.list_opens(Timestamp::default(), None, usize::MAX);
-    for opened in &opens {
+    for (_, opened) in &opens {
         let view = views.iter().find(|view| view.open == opened.open).unwrap();
         assert_eq!((view.state, view.epoch), (OpenState::Active, opened.epoch));
         let held: Vec<_> = view.locks.iter().map(|(owner, lock)| (*owner, lock.range)).collect();
