@@ -19,7 +19,7 @@
 use super::life::left_ms;
 use super::open::Opening;
 use super::operation::Stage;
-use super::table::{Ending, FileId, Life};
+use super::table::{Ending, FileId, Life, Step};
 use super::timers::Timer;
 use super::{Asker, Authority, Effect, FileIdentity, refusal};
 use crate::types::{
@@ -121,6 +121,9 @@ impl Authority {
 
     /// Judges a claim against the share modes of a file's opens and of what is under way.
     pub(super) fn judge_claim(&self, file: FileIdentity, access: Access, share: ShareMode) -> Judged {
+        if self.is_being_removed(file) && conflicts((access, share), (Access::DELETE, ShareMode::ALL)) {
+            return Judged::Live;
+        }
         if self.shares.admits(file, access, share) {
             return Judged::Free;
         }
@@ -132,6 +135,13 @@ impl Authority {
         let opens =
             self.opens.on(file).filter(|(_, open)| conflicts((access, share), (open.access(), open.share())));
         self.judge(opens.map(|(id, _)| id))
+    }
+
+    /// True while the name goes with the last open of the file. That one may itself have no right to delete, if an earlier one
+    /// asked for it.
+    fn is_being_removed(&self, file: FileIdentity) -> bool {
+        self.opens.of_file(file).is_some_and(|of_file| of_file.remove.is_some())
+            && self.opens.on(file).any(|(_, open)| open.removal == Step::UnderWay)
     }
 
     /// Judges a change of a file's size through control against mandatory locks: it would write all of `range`.

@@ -748,3 +748,24 @@ fn what_proves_that_a_verdict_was_heard() {
         assert_eq!(heard(&world), how == "bind", "{how}");
     }
 }
+
+#[test]
+fn opn_09_nobody_who_denies_it_is_let_in_while_the_name_goes() {
+    let mut world = World::new();
+    let session = world.begin(1, "u1");
+    let delete = Access::READ.union(Access::DELETE);
+    let asks = Open { delete_on_close: true, ..open(1, delete, ShareMode::ALL) };
+    let asks = world.open(session, asks, 5);
+    let last = world.open(session, open(2, Access::READ, ShareMode::ALL), 5);
+    assert!(closes(&world.ask(session, close(asks.open))));
+    let effects = world.ask(session, close(last.open));
+    let [Effect::Perform { operation, work: Work::Remove(..) }] = effects[..] else { panic!("{effects:?}") };
+    let rival = world.begin(2, "u2");
+    assert_eq!(
+        refusal(&world.try_open(rival, open(1, Access::READ, ShareMode::READ), 5)),
+        Status::ShareConflict
+    );
+    world.open(rival, open(2, Access::READ, ShareMode::ALL), 5);
+    assert!(closes(&world.give(Input::Performed { operation, result: Ok(Reply::Done) })));
+    world.open(rival, open(3, Access::READ, ShareMode::READ), 5);
+}
