@@ -71,6 +71,7 @@ fn main() -> ExitCode {
             }
             Err(failure) => {
                 println!("seed {seed} step {}: {}", failure.step, failure.words);
+                println!("repeat it with: {}", failure.again());
                 failed.push(seed);
                 if failed.len() >= 20 {
                     break;

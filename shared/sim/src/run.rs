@@ -21,11 +21,17 @@ pub struct Failure {
     pub trace: String,
 }
 
+impl Failure {
+    /// The command that shows it again.
+    pub fn again(&self) -> String {
+        format!("ci/sim --seed {} --steps {} --trace", self.seed, self.steps)
+    }
+}
+
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { seed, steps, step, words, trace } = self;
-        let again = format!("ci/sim --seed {seed} --steps {steps} --trace");
-        write!(f, "{trace}\nseed {seed} step {step}: {words}\nrepeat it with: {again}")
+        let Self { seed, step, words, trace, .. } = self;
+        write!(f, "{trace}\nseed {seed} step {step}: {words}\nrepeat it with: {}", self.again())
     }
 }
 

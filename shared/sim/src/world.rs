@@ -275,8 +275,8 @@ impl World {
     fn happen(&mut self, event: Event) {
         match event {
             Event::Act(client) => self.act(client),
-            Event::ToServer(conn) => self.to_server(conn),
-            Event::ToClient(conn) => self.to_client(conn),
+            Event::ToServer(conn) => self.server_hears(conn),
+            Event::ToClient(conn) => self.client_hears(conn),
             Event::ServerSees(conn) => self.server_sees(conn),
             Event::ClientSees(conn) => self.client_sees(conn),
             Event::Execute { life, operation } if self.lives(life) => self.execute(operation),
@@ -333,7 +333,7 @@ impl World {
             .unwrap_or_default()
     }
 
-    fn to_server(&mut self, number: ConnNo) {
+    fn server_hears(&mut self, number: ConnNo) {
         let accepting = self.control.as_ref().is_some_and(|control| control.accepting);
         let Some(conn) = self.net.get_mut(number).filter(|conn| conn.server_end) else { return };
         if !accepting {
@@ -358,7 +358,7 @@ impl World {
         self.request(session, id, request);
     }
 
-    fn to_client(&mut self, number: ConnNo) {
+    fn client_hears(&mut self, number: ConnNo) {
         let Some(conn) = self.net.get_mut(number).filter(|conn| conn.client_end) else { return };
         let client = conn.client;
         if let Some((id, reply)) = conn.down.pop_front() {

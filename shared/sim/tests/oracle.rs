@@ -5,7 +5,7 @@ use holdfast_sim::{Broken, Setting, run_with};
 /// Of many seeds with this rule broken, at least one is caught, and not by chance: unbroken, the same seeds are well.
 fn is_caught(broken: Broken, words: &[&str]) {
     let mut caught = 0;
-    for seed in 0..400 {
+    for seed in 0..4000 {
         let setting = Setting::of_seed(seed);
         let broken_too = Setting { broken: Some(broken), ..setting.clone() };
         let Err(failure) = run_with(seed, 800, &broken_too) else { continue };

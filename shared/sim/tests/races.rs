@@ -42,5 +42,5 @@ fn lck_07_a_wait_that_ends_is_answered_once_and_the_next_is_granted() {
 
 #[test]
 fn lck_13_two_lock_against_each_other_without_a_stall() {
-    races::lock_rounds(1, 20_000).unwrap_or_else(|words| panic!("{words}"));
+    races::lock_rounds(1, 100_000).unwrap_or_else(|words| panic!("{words}"));
 }

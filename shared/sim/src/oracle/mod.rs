@@ -80,6 +80,8 @@ pub(super) struct Fact {
     pub(super) given_away: bool,
     pub(super) ended: Option<Ended>,
     pub(super) tombstone: Option<GoneReason>,
+    /// Control died when a tombstone had been written, perhaps: the restart tells.
+    perhaps_gone: Option<GoneReason>,
     pub(super) locks: Vec<ToldLock>,
     /// Lock and unlock requests that were answered.
     pub(super) executed: BTreeSet<u64>,
@@ -344,6 +346,7 @@ impl Oracle {
                     given_away: false,
                     ended: None,
                     tombstone: None,
+                    perhaps_gone: None,
                     locks: Vec::new(),
                     executed: BTreeSet::new(),
                     bindings: BTreeMap::new(),
@@ -423,7 +426,7 @@ impl Oracle {
                 }
                 Volatile::Tombstone(open) => {
                     if let Some(fact) = self.facts.get_mut(&open).filter(|fact| fact.ended.is_none()) {
-                        fact.tombstone = None;
+                        fact.perhaps_gone = fact.tombstone.take();
                     }
                 }
             }
@@ -439,8 +442,10 @@ impl Oracle {
         let there: BTreeMap<OpenId, &Listed> = listed.iter().map(|listed| (listed.open, listed)).collect();
         let mut failed = None;
         for (open, fact) in &mut self.facts {
+            let perhaps_gone = fact.perhaps_gone.take();
             match there.get(open) {
                 None => {
+                    fact.tombstone = fact.tombstone.or(perhaps_gone);
                     if fact.protected(sight.now) {
                         failed.get_or_insert(format!(
                             "{open} was told, and is not there after a restart: {fact:?}"
