@@ -3,6 +3,9 @@
 //! Reading and writing go on at once. A request takes one of a fixed number of places and frees it when its answer is
 //! written; without a free place nothing more is read. So a peer that does not take its answers stops
 //! being served, and after a time loses its connection.
+//!
+//! A request that may wait for others (a lock or an open with a time to wait) gives its place back at once and takes one of
+//! another kind, or is refused: else those that wait would keep from being read what they wait for.
 
 use crate::accept::{Front, Place};
 use crate::driver::{Answer, Event, random};
@@ -13,6 +16,8 @@ use holdfast_shared::state::SessionBegan;
 use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, SessionId, Status};
 use holdfast_shared::wire::control::{Hello, Reply, ReplyMessage, Request, RequestMessage, VERSION};
 use holdfast_shared::wire::{WireError, from_cbor, to_cbor};
+use parking_lot::Mutex;
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -21,6 +26,9 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
+
+/// Requests of one session that may wait for others.
+const WAITS_MAX: usize = 256;
 
 /// Why a session ends, other than by the client's wish.
 #[derive(Debug, thiserror::Error)]
@@ -137,9 +145,12 @@ where
 {
     let session = began.session;
     let places = front.limits.requests_per_session;
-    let permits = Semaphore::new(places);
+    let (permits, waits) = (Semaphore::new(places), Semaphore::new(WAITS_MAX));
+    // Numbers of the requests that have a place among those that wait.
+    let waiting = Mutex::new(HashSet::new());
     // One more for the answer to hello, and one for the end.
-    let (answers, mut queue) = mpsc::channel(places + 2);
+    let (answers, mut queue) = mpsc::channel(places + WAITS_MAX + 2);
+    let (refuse, mut refused) = mpsc::channel(places);
     if front.events.send(Event::Begin(Box::new(began), address, answers)).await.is_err() {
         return Ok(());
     }
@@ -153,6 +164,24 @@ where
             else {
                 return Ok(());
             };
+            if may_wait(&request) {
+                match waits.try_acquire() {
+                    // A number that is in use already stays an ordinary request.
+                    Ok(place) if waiting.lock().insert(id) => {
+                        place.forget();
+                        permits.add_permits(1);
+                    }
+                    Ok(_) => {}
+                    Err(_) => {
+                        front.gauges.refused(Status::TooMany);
+                        let reply = Reply::Refused(refusal(Status::TooMany, "too many requests wait"));
+                        if refuse.send(ReplyMessage { id, reply }).await.is_err() {
+                            return Ok(());
+                        }
+                        continue;
+                    }
+                }
+            }
             if front.events.send(Event::Request(session, id, Box::new(request))).await.is_err() {
                 return Ok(());
             }
@@ -160,13 +189,26 @@ where
     };
     let write = async {
         let mut hello = true;
-        while let Some(Answer::Reply(reply)) = queue.recv().await {
+        loop {
+            let reply = tokio::select! {
+                answer = queue.recv() => match answer {
+                    Some(Answer::Reply(reply)) => *reply,
+                    _ => return Ok::<(), SessionError>(()),
+                },
+                Some(refusal) = refused.recv() => {
+                    write_message(&mut writer, &refusal, message_wait(front)).await?;
+                    permits.add_permits(1);
+                    continue;
+                }
+            };
             write_message(&mut writer, &reply, message_wait(front)).await?;
-            if !std::mem::take(&mut hello) {
-                permits.add_permits(1);
+            let waited = waiting.lock().remove(&reply.id);
+            match (std::mem::take(&mut hello), waited) {
+                (true, _) => {}
+                (false, true) => waits.add_permits(1),
+                (false, false) => permits.add_permits(1),
             }
         }
-        Ok::<(), SessionError>(())
     };
     let result: Result<(), SessionError> =
         tokio::select! { result = read => result, result = write => result };
@@ -176,6 +218,15 @@ where
     }
     let _ = tokio::time::timeout(Duration::from_secs(1), writer.shutdown()).await;
     result
+}
+
+/// True for a request whose answer may have to wait for another one of this very session.
+const fn may_wait(request: &Request) -> bool {
+    match request {
+        Request::Lock(lock) => lock.wait_ms.is_some(),
+        Request::Open(open) => open.wait_ms.is_some(),
+        _ => false,
+    }
 }
 
 fn message_wait(front: &Front) -> Duration {

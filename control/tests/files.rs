@@ -6,10 +6,12 @@ mod common;
 
 use common::Server;
 use common::client::{Client, at, open};
-use holdfast_shared::types::{Access, Disposition, FileTime, OpenId, ShareMode, Status};
+use holdfast_shared::types::{
+    Access, Disposition, FileTime, LockItem, LockKind, LockRange, OpenId, ShareMode, Status,
+};
 use holdfast_shared::wire::control::{
-    Attributes, FileKind, List, MakeDirectory, MakeSymlink, Open, Place, Rename, Reply, Request,
-    SetAttributes, Target, VolumeName,
+    Attributes, FileKind, List, Lock, MakeDirectory, MakeSymlink, Open, Place, Rename, Reply, Request,
+    SetAttributes, Target, Unlock, VolumeName,
 };
 
 fn set(target: Target) -> SetAttributes {
@@ -264,4 +266,34 @@ async fn many_requests_at_once_are_all_answered() {
     assert_eq!((server.gauge("opens"), server.gauge("open_files")), (500, 500));
     drop(client);
     server.is_at_baseline();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lck_07_locks_that_wait_do_not_keep_back_the_unlock_that_they_wait_for() {
+    const WAITERS: usize = 40;
+    let server = Server::start();
+    std::fs::write(server.data("file"), b"").unwrap();
+    let mut client = Client::connect(&server, "writer").await;
+    let mut opens = Vec::new();
+    for _ in 0..=WAITERS {
+        opens.push(client.open(open("file")).await.open);
+    }
+    let item = LockItem { range: LockRange::new(0, 1).unwrap(), kind: LockKind::Exclusive };
+    let lock =
+        |open, wait_ms| Request::Lock(Lock { open, sequence: 1, owner: 1, locks: vec![item], wait_ms });
+    let holder = opens.pop().unwrap();
+    assert_eq!(client.ask(lock(holder, None)).await, Reply::Done);
+    for open in &opens {
+        client.send(lock(*open, Some(60_000))).await;
+    }
+    let unlock = Unlock { open: holder, sequence: 2, owner: 1, ranges: vec![item.range] };
+    let unlock = client.send(Request::Unlock(unlock)).await;
+    let mut done = Vec::new();
+    while done.len() < 2 {
+        let answer = tokio::time::timeout(std::time::Duration::from_secs(10), client.receive()).await;
+        let answer = answer.expect("the unlock is not read").unwrap();
+        assert_eq!(answer.reply, Reply::Done);
+        done.push(answer.id);
+    }
+    assert!(done.contains(&unlock), "the unlock, and the lock that it let in: {done:?}");
 }
