@@ -4,7 +4,7 @@ use crate::args::{Connection, Df, Ls, Mkdir, Mv, Rm, Stat, Volumes};
 use crate::output::{self, line};
 use crate::remote::Remote;
 use anyhow::{Context, bail};
-use holdfast_client::{Entry, FileKind, Session, Status};
+use holdfast_client::{Entry, Error, FileKind, Session, Status};
 use serde_json::json;
 
 pub(crate) async fn ls(connection: &Connection, args: &Ls) -> anyhow::Result<()> {
@@ -98,9 +98,12 @@ pub(crate) async fn mkdir(connection: &Connection, args: &Mkdir) -> anyhow::Resu
     Ok(())
 }
 
+/// Repetitions of a request whose answers were lost: more is no accident.
+const TIMES_MAX: u32 = 100;
+
 /// Makes a directory and its missing parents; one that exists is well. True if the directory is new.
 pub(crate) async fn make_all(session: &Session, path: &Remote, mode: u32) -> holdfast_client::Result<bool> {
-    let mut made = false;
+    let (mut made, mut lost) = (false, 0);
     let mut missing = vec![path.clone()];
     while let Some(next) = missing.last() {
         if next.path.is_empty() {
@@ -122,6 +125,8 @@ pub(crate) async fn make_all(session: &Session, path: &Remote, mode: u32) -> hol
                     return Err(error);
                 }
             }
+            // Made or not: asked again, it is there or is made.
+            Err(Error::FateUnknown { .. }) if lost < TIMES_MAX => lost += 1,
             Err(error) if error.status() == Some(Status::NotFound) => match next.parent() {
                 Some(parent) if !parent.path.is_empty() => missing.push(parent),
                 _ => return Err(error),

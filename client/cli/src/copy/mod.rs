@@ -25,7 +25,7 @@ use crate::exit::Partial;
 use crate::remote::Remote;
 use anyhow::{Context, bail};
 use holdfast_client::stream::Streamer;
-use holdfast_client::{Config, DataChannel, Open, Session, Status, Transport};
+use holdfast_client::{Config, DataChannel, Open, Recovery, Session, Status, Transport};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,6 +41,9 @@ const PLANNED_MAX: usize = 256;
 const CHUNKS_BYTES: usize = 64 << 20;
 const CHUNK_BYTES_MIN: usize = 64 << 10;
 const CHUNK_BYTES_MAX: usize = 1 << 20;
+
+/// Longest wait for a server that is away when what was left behind is removed, milliseconds.
+const SWEEP_MS: u64 = 3_000;
 
 /// What all workers share.
 struct Shared {
@@ -148,7 +151,9 @@ async fn sweep(shared: &Shared, config: &Config) {
     if left.is_empty() {
         return;
     }
-    let session = Session::connect(config).await.ok();
+    let mut config = config.clone();
+    (config.recovery, config.soft_ms) = (Recovery::Soft, SWEEP_MS);
+    let session = Session::connect(&config).await.ok();
     for part in left {
         let removed = match &session {
             Some(session) => match session.remove(&part.place()).await {

@@ -10,7 +10,11 @@ use std::fs::Metadata;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 use tokio::sync::mpsc;
+
+/// Longest wait for the server after an interruption.
+const CANCEL_MAX: Duration = Duration::from_secs(3);
 
 /// A file to copy.
 pub(super) struct File {
@@ -221,7 +225,15 @@ pub(super) async fn file(shared: &Shared, job: &File, streamer: &mut Streamer) -
     };
     if done.is_err() {
         // The error that is told is the first.
-        if settle::remove(&shared.session, &part.place()).await.is_err() {
+        let place = part.place();
+        let removal = settle::remove(&shared.session, &place);
+        // Whoever interrupts does not wait for a server that is away.
+        let removed = if *shared.cancelled.borrow() {
+            tokio::time::timeout(CANCEL_MAX, removal).await.is_ok_and(|removed| removed.is_ok())
+        } else {
+            removal.await.is_ok()
+        };
+        if !removed {
             shared.left.lock().unwrap_or_else(PoisonError::into_inner).push(part);
         }
     }
@@ -270,6 +282,10 @@ async fn transfer(
             // The server's host was restarted under it: all of it again, as nobody knows which bytes it had kept. They were
             // counted before.
             open.accept_lost_writes();
+            if source.unsized_bytes {
+                // It may be shorter this time.
+                open.set_attributes(&Changes { size: Some(0), ..Changes::default() }).await?;
+            }
             progress = Arc::new(|_| ());
         }
         binding.unbind().await?;
