@@ -3,7 +3,7 @@
 //! | line | says |
 //! |---|---|
 //! | `i BLOCK COUNT SEQUENCE` | a write is about to be made |
-//! | `w BLOCK COUNT SEQUENCE START END` | it was acknowledged (times: CLOCK_MONOTONIC, ns) |
+//! | `w BLOCK COUNT SEQUENCE START END` | it was acknowledged (times: since 1970, ns) |
 //! | `r START END`, `f START END` | a read was verified; a flush was acknowledged |
 //! | `l RANGE VALUE START END` | a counter was raised to this value under its lock, and read back |
 //! | `v OPEN VERDICT LOCKS_KEPT` | what the client library was told of an open |
