@@ -78,7 +78,8 @@ fn main() {
     println!("{:<34} {:.0}", "memory, MiB", resident as f64 / 1024.0);
     println!("{:<34} {:.0}", "memory at most, MiB", memory(control.id(), "VmHWM") as f64 / 1024.0);
     println!("{:<34} {:.0}", "memory, bytes an open", resident as f64 * 1024.0 / told.count as f64);
-    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", control.id())).expect("its descriptors").count();
+    let descriptors =
+        std::fs::read_dir(format!("/proc/{}/fd", control.id())).expect("its descriptors").count();
     println!("{:<34} {descriptors}", "descriptors");
     let _ = control.kill();
     let _ = control.wait();
@@ -194,6 +195,10 @@ fn open(n: u64, path: String, file: &FileOpened, keyring: &Keyring) -> OpenRecor
         baseline: false,
         marked: false,
         kept: Vec::new(),
+        unheard: false,
+        truncating: false,
+        lock_mode: None,
+        remove: None,
         locks: Vec::new(),
         sequences: Vec::new(),
     }

@@ -45,7 +45,12 @@ impl Server {
     /// Starts it, with a file of [`FILE_BYTES`] in the page cache. What $HOLDFAST_BENCH_DATAPLANE holds is added to
     /// `dataplane.toml`.
     pub fn start() -> Self {
-        let dir = tempfile::tempdir_in(parent()).expect("a directory");
+        Self::with(&parent(), &|control| control)
+    }
+
+    /// The same in another place, with `control.toml` changed.
+    pub fn with(parent: &Path, change: &dyn Fn(String) -> String) -> Self {
+        let dir = tempfile::tempdir_in(parent).expect("a directory");
         let home = dir.path().join("home");
         let address = super::rdma_address().map_or_else(|| "127.0.0.1".to_owned(), |ip| ip.to_string());
         let mut init = Command::new(program("holdfast"));
@@ -53,6 +58,9 @@ impl Server {
         assert!(init.status().expect("holdfast init").success(), "holdfast init failed");
         let file = home.join("data/bench");
         std::fs::write(&file, vec![0x5a; FILE_BYTES]).expect("the file");
+        let path = home.join("control.toml");
+        let text = std::fs::read_to_string(&path).expect("control.toml");
+        std::fs::write(&path, change(text)).expect("control.toml");
         if let Ok(more) = std::env::var("HOLDFAST_BENCH_DATAPLANE") {
             let path = home.join("dataplane.toml");
             let text = std::fs::read_to_string(&path).expect("dataplane.toml");
@@ -93,7 +101,8 @@ impl Server {
         server
     }
 
-    fn config(&self) -> PathBuf {
+    /// The configuration of its client.
+    pub fn config(&self) -> PathBuf {
         self.dir.path().join("home/client.toml")
     }
 

@@ -194,7 +194,7 @@ async fn dropped_bindings_and_binds_are_given_back() {
     // sees its answer, then what is dropped is the new binding.
     {
         let mut bind = Box::pin(world.bind());
-        std::future::poll_fn(|cx| Poll::Ready(drop(bind.as_mut().poll(cx)))).await;
+        std::future::poll_fn(|cx| Poll::Ready(bind.as_mut().poll(cx).is_ready())).await;
     }
     world.until(|script| script.unbinds == 2).await;
     world.bind().await.unwrap().unbind().await.unwrap();
