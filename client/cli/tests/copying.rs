@@ -210,7 +210,8 @@ fn what_a_server_that_stays_away_leaves_behind_is_named() {
     server.stop();
     let output = finish(child);
     let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(4), "{said}");
+    // 6 if a write was under way, whose fate is unknown then; else 4.
+    assert!(matches!(output.status.code(), Some(4 | 6)), "{said}");
     assert!(said.contains("remove it with: holdfast rm data:/.holdfast-"), "{said}");
     assert!(!server.volume().join("copy").exists());
 }
