@@ -51,6 +51,8 @@ pub struct Registration {
     pub service_blob: Vec<u8>,
     /// The bindings that live.
     pub held: Vec<Held>,
+    /// The process is new: every earlier dataplane is dead.
+    pub first: bool,
     /// Descriptors of their opens: one of each, as many as are still wanted.
     pub descriptors: HashMap<OpenId, OwnedFd>,
 }
@@ -269,7 +271,11 @@ async fn collect(
     register: Register,
     wanted: &DescriptorsWanted,
 ) -> Result<Registration, LinkError> {
-    let mut registration = Registration { service_blob: register.service_blob, ..Registration::default() };
+    let mut registration = Registration {
+        service_blob: register.service_blob,
+        first: register.first,
+        ..Registration::default()
+    };
     for got in 0..register.held {
         let half = || LinkError::Half(registration.held.len(), register.held);
         let Some((ToControl::Held(held), descriptor)) = receive_in_time(socket, buffer).await? else {

@@ -63,6 +63,7 @@ async fn rsm_18_a_living_dataplane_brings_back_descriptors_and_bindings() {
         version: holdfast_shared::wire::link::VERSION,
         service_blob: b"blob".to_vec(),
         held: 2,
+        first: false,
     }));
     half.say_with(&ToControl::Held(held[0].0), &descriptor);
     drop(half);
@@ -107,7 +108,12 @@ async fn registrations_of_another_version_or_beyond_all_bounds_are_refused() {
         [(VERSION + 1, 0, Status::Version), (VERSION, u32::MAX, Status::TooMany), (VERSION, 0, Status::Ok)]
     {
         let dataplane = Dataplane::connect(&server);
-        dataplane.say(&ToControl::Register(Register { version, service_blob: Vec::new(), held }));
+        dataplane.say(&ToControl::Register(Register {
+            version,
+            service_blob: Vec::new(),
+            held,
+            first: false,
+        }));
         assert_eq!(dataplane.registered(), Some(status));
         assert!(status == Status::Ok || dataplane.hear().is_none(), "the link ends");
     }

@@ -59,6 +59,7 @@ impl Dataplane {
             version: VERSION,
             service_blob: b"blob".to_vec(),
             held: 0,
+            first: true,
         }));
         self.registered()
     }
@@ -66,7 +67,8 @@ impl Dataplane {
     /// Registers with what it holds, each with its descriptor.
     pub fn register_with(&self, held: &[(Held, &OwnedFd)]) {
         let count = u32::try_from(held.len()).unwrap();
-        let register = Register { version: VERSION, service_blob: b"blob".to_vec(), held: count };
+        let register =
+            Register { version: VERSION, service_blob: b"blob".to_vec(), held: count, first: false };
         self.say(&ToControl::Register(register));
         held.iter().for_each(|(held, descriptor)| self.say_with(&ToControl::Held(*held), descriptor));
     }

@@ -236,7 +236,8 @@ impl<F: FnOnce()> Link<'_, F> {
         let end = Instant::now() + REGISTER_DEADLINE;
         let n = u32::try_from(held.len()).map_err(io::Error::other)?;
         let service_blob = self.service_blob.clone();
-        let register = ToControl::Register(Register { version: VERSION, service_blob, held: n });
+        let first = self.registered.is_some();
+        let register = ToControl::Register(Register { version: VERSION, service_blob, held: n, first });
         packet::send(socket, &register, None, end)?;
         for binding in &held {
             packet::send(socket, &ToControl::Held(binding.held), Some(binding.descriptor()), end)?;

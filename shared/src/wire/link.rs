@@ -107,6 +107,10 @@ pub struct Register {
     /// How many [`ToControl::Held`] follow.
     #[n(2)]
     pub held: u32,
+    /// True if this process has never been registered before. It holds the lock on `dataplane.lock`, so then every earlier
+    /// dataplane is dead.
+    #[n(3)]
+    pub first: bool,
 }
 
 /// See [`ToControl::Held`].
