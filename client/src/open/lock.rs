@@ -15,7 +15,7 @@ use super::options::millis;
 use super::{Inner, Open};
 use crate::error::{Error, Result};
 use crate::session::unexpected;
-use holdfast_shared::types::{LockItem, LockRange, Status};
+use holdfast_shared::types::{LockItem, LockRange, OpenId, Status};
 use holdfast_shared::wire::control::{self, Reply, Request};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -151,6 +151,17 @@ impl Inner {
     }
 }
 
+fn lock_request(
+    open: OpenId,
+    sequence: u64,
+    owner: u64,
+    locks: &[LockItem],
+    wait: Option<Duration>,
+) -> Result<(Request, Duration)> {
+    let lock = control::Lock { open, sequence, owner, locks: locks.to_vec(), wait_ms: wait.map(millis) };
+    Ok((Request::Lock(lock), wait.unwrap_or_default()))
+}
+
 impl Open {
     /// Locks byte ranges: all of them, or none. The locks are the open's, whatever session or binding it has; they stay
     /// while it is detached, and protect it until its hold time is over.
@@ -180,21 +191,26 @@ impl Open {
             inner.gate.check()?;
             let mut turn = inner.turn(options.owner, options.wait.is_some()).await;
             let sequence = turn.sequence;
+            let (mut sent, mut settled) = (false, false);
             let request = || {
-                inner.gate.check()?;
-                // It may have been granted, so it is asked by its number all the same; but there it waits no more.
+                // Once sent it may have been granted, so it is asked by its number all the same, a changed file or not: else
+                // the server would hold a lock of which nobody knows. But there it waits no more.
+                let gate = inner.gate.check();
+                if !std::mem::replace(&mut sent, true) {
+                    gate?;
+                } else if gate.is_err() {
+                    settled = true;
+                    return lock_request(inner.id, sequence, options.owner, locks, None);
+                }
                 let wait = if inner.renumbers(sequence) { None } else { rest() };
-                let lock = control::Lock {
-                    open: inner.id,
-                    sequence,
-                    owner: options.owner,
-                    locks: locks.to_vec(),
-                    wait_ms: wait.map(millis),
-                };
-                Ok((Request::Lock(lock), wait.unwrap_or_default()))
+                lock_request(inner.id, sequence, options.owner, locks, wait)
             };
-            if inner.change_locks(&mut turn, request).await?.is_some() {
-                return Ok(());
+            match inner.change_locks(&mut turn, request).await {
+                Ok(Some(())) => return Ok(()),
+                Ok(None) => {}
+                // It is not held. If the application has accepted the change meanwhile, it is asked for anew.
+                Err(Error::Refused(_)) if settled => inner.gate.check().map(drop)?,
+                Err(error) => return Err(error),
             }
         }
     }
