@@ -73,7 +73,7 @@ pub enum Input {
         /// How the file looks; `None` if it is not there any more.
         result: Result<Option<Inspected>, Refusal>,
     },
-    /// After [`Authority::recover`](super::Authority::recover), before anything else: a recorded file is open again, or can't
+    /// After [`Recovery::finish`](super::Recovery::finish), before anything else: a recorded file is open again, or can't
     /// be. One for each [`Reopen`]. When all are told, [`Input::LinkUp`] or [`Input::LinkLost`] says which bindings live;
     /// before that nothing is granted.
     Reopened {
