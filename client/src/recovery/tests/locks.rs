@@ -39,12 +39,23 @@ async fn a_lock_whose_answer_was_lost_is_asked_by_the_same_number() {
 }
 
 #[tokio::test]
-async fn a_lock_under_way_is_not_asked_of_a_changed_file() {
+async fn a_lock_under_way_is_settled_by_its_number_though_the_file_was_changed() {
     let (mut control, mut peer, _session, open) = opened(|_| ()).await;
     let locks = [item()];
     let (locked, _) = tokio::join!(open.lock(&locks, LockOptions::default()), async {
         peer.next().await.unwrap();
-        lose(&mut control, peer, Verdict::Changed).await
+        let mut peer = lose(&mut control, peer, Verdict::Changed).await;
+        let again = peer.next().await.unwrap();
+        assert!(
+            matches!(&again.request, Request::Lock(lock) if lock.sequence == 1 && lock.wait_ms.is_none())
+        );
+        let refused = holdfast_shared::wire::control::Refusal {
+            status: Status::LockNotGranted,
+            detail: String::new(),
+            retry_ms: None,
+        };
+        peer.give(again.id, Reply::Refused(refused)).await;
+        peer
     });
     assert!(matches!(locked, Err(Error::Changed)), "{locked:?}");
 }
