@@ -248,7 +248,7 @@ impl World {
                 return Ok(());
             }
             again += 1;
-            tell!("n read while it was written");
+            tell!("m");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }

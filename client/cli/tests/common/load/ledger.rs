@@ -5,6 +5,7 @@
 //! | `i BLOCK COUNT SEQUENCE` | a write is about to be made |
 //! | `w BLOCK COUNT SEQUENCE START END` | it was acknowledged (times: since 1970, ns) |
 //! | `r START END`, `f START END` | a read was verified; a flush was acknowledged |
+//! | `m` | what was read was being written, and mixed: it is read again until it is whole |
 //! | `l RANGE VALUE START END` | a counter was raised to this value under its lock, and read back |
 //! | `v OPEN VERDICT LOCKS_KEPT` | what the client library was told of an open |
 //! | `k OPEN KEY` | the open's resume key |
@@ -36,6 +37,7 @@ pub struct Ledger {
     pub reads: u64,
     pub flushes: u64,
     pub raised: u64,
+    pub mixed: u64,
     /// Counter values seen, per range.
     pub counters: BTreeMap<u64, HashSet<u64>>,
     /// Resume keys by open.
@@ -91,6 +93,7 @@ impl Ledger {
             "k" if words.len() == 3 => {
                 self.keys.insert(words[1].into(), words[2].into());
             }
+            "m" => self.mixed += 1,
             "a" => {}
             "n" => *self.notes.entry(line[2..].to_owned()).or_default() += 1,
             "e" => self.faults.push(line[2..].to_owned()),
