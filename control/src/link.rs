@@ -14,7 +14,9 @@
 
 use crate::driver::Event;
 use holdfast_shared::types::{LINK_PACKET_BYTES_MAX, OpenId, SERVICE_BLOB_BYTES_MAX, Status};
-use holdfast_shared::wire::link::{Held, Register, Registered, ToControl, ToDataplane, VERSION};
+use holdfast_shared::wire::link::{
+    Held, Register, Registered, ToControl, ToDataplane, VERSION, WROTE_MAX, Wrote,
+};
 use holdfast_shared::wire::{from_cbor, to_cbor};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
@@ -53,6 +55,8 @@ pub struct Registration {
     pub held: Vec<Held>,
     /// The process is new: every earlier dataplane is dead.
     pub first: bool,
+    /// What bindings that are gone wrote.
+    pub wrote: Vec<Wrote>,
     /// Descriptors of their opens: one of each, as many as are still wanted.
     pub descriptors: HashMap<OpenId, OwnedFd>,
 }
@@ -117,6 +121,8 @@ enum LinkError {
     Version(u8),
     #[error("it tells of {0} bindings; at most {HELD_MAX} are allowed")]
     Held(u32),
+    #[error("it tells of {0} opens that were written; at most {WROTE_MAX} are allowed")]
+    Wrote(usize),
     #[error("its registration was broken off after {0} of {1} bindings")]
     Half(usize, u32),
     #[error("its service blob has {0} bytes; at most {SERVICE_BLOB_BYTES_MAX} are allowed")]
@@ -259,6 +265,8 @@ fn checked(register: &Register) -> Result<(), (Status, LinkError)> {
         Err((Status::Invalid, LinkError::Blob(length)))
     } else if register.held > HELD_MAX {
         Err((Status::TooMany, LinkError::Held(register.held)))
+    } else if register.wrote.len() > WROTE_MAX {
+        Err((Status::TooMany, LinkError::Wrote(register.wrote.len())))
     } else {
         Ok(())
     }
@@ -274,6 +282,7 @@ async fn collect(
     let mut registration = Registration {
         service_blob: register.service_blob,
         first: register.first,
+        wrote: register.wrote,
         ..Registration::default()
     };
     for got in 0..register.held {

@@ -264,7 +264,8 @@ async fn a_new_control_lets_nobody_in_while_an_earlier_dataplane_may_serve() {
     let mut server = Server::start();
     for dies in [false, true] {
         let lock = std::fs::File::create(server.link().with_file_name("dataplane.lock")).unwrap();
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        // Control itself takes it for a moment, to see that an earlier one has died.
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
         server.kill();
         let starting = server.begin(&[]);
         let admin = server.state("admin.sock");

@@ -64,6 +64,7 @@ async fn rsm_18_a_living_dataplane_brings_back_descriptors_and_bindings() {
         service_blob: b"blob".to_vec(),
         held: 2,
         first: false,
+        wrote: Vec::new(),
     }));
     half.say_with(&ToControl::Held(held[0].0), &descriptor);
     drop(half);
@@ -113,6 +114,7 @@ async fn registrations_of_another_version_or_beyond_all_bounds_are_refused() {
             service_blob: Vec::new(),
             held,
             first: false,
+            wrote: Vec::new(),
         }));
         assert_eq!(dataplane.registered(), Some(status));
         assert!(status == Status::Ok || dataplane.hear().is_none(), "the link ends");

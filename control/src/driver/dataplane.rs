@@ -91,11 +91,12 @@ impl Driver {
         self.gauges.link_up.store(1, Relaxed);
         // Its registration says what of all that was bound before is still there.
         self.silent = None;
-        let Registration { service_blob, held, first, .. } = registration;
+        let Registration { service_blob, held, first, wrote, .. } = registration;
         if first {
             // Nobody is left who knows what the bindings of before last wrote.
             self.input(Input::LinkLost);
         }
+        self.input(Input::Wrote(wrote));
         self.input(Input::LinkUp { service_blob, held });
         // It has been taken. What follows from it comes behind: effects are performed later.
         let _ = packets.send(registered);

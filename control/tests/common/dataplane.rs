@@ -60,6 +60,7 @@ impl Dataplane {
             service_blob: b"blob".to_vec(),
             held: 0,
             first: true,
+            wrote: Vec::new(),
         }));
         self.registered()
     }
@@ -67,8 +68,13 @@ impl Dataplane {
     /// Registers with what it holds, each with its descriptor.
     pub fn register_with(&self, held: &[(Held, &OwnedFd)]) {
         let count = u32::try_from(held.len()).unwrap();
-        let register =
-            Register { version: VERSION, service_blob: b"blob".to_vec(), held: count, first: false };
+        let register = Register {
+            version: VERSION,
+            service_blob: b"blob".to_vec(),
+            held: count,
+            first: false,
+            wrote: Vec::new(),
+        };
         self.say(&ToControl::Register(register));
         held.iter().for_each(|(held, descriptor)| self.say_with(&ToControl::Held(*held), descriptor));
     }

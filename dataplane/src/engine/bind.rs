@@ -45,7 +45,7 @@ impl Redemption {
         let granted = self.granted().map(|grant| grant.binding);
         drop(self.fd);
         if let Some(binding) = granted {
-            cx.registry.remove(binding);
+            cx.registry.remove(binding, 0, None);
             cx.port.released(binding);
         }
     }
@@ -126,7 +126,7 @@ impl Conn {
         });
         let Some(name) = vacancy else {
             drop(fd);
-            cx.registry.remove(grant.binding);
+            cx.registry.remove(grant.binding, 0, None);
             cx.port.released(grant.binding);
             return self.refuse_bind(cx, request, Status::TooMany);
         };

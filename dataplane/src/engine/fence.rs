@@ -86,7 +86,7 @@ impl Conn {
             if !binding.is_idle() {
                 continue;
             }
-            let (name, link) = (binding.name(), binding.link);
+            let (name, link, wrote) = (binding.name(), binding.link, binding.last_write_ns);
             binding.file = None;
             binding.state = State::Gone(drain.status());
             tracing::debug!(peer = %self.peer, open = %binding.open, ?drain, "unbound");
@@ -99,7 +99,7 @@ impl Conn {
                 Drain::Unbind { request } => self.answer_unbind(cx, request),
                 Drain::Fence(_) => {}
             }
-            tell(cx, link, Some(drain));
+            tell(cx, link, wrote, Some(drain));
             if open && self.bindings.live() == 0 {
                 self.bind_by = Some(cx.after(cx.settings.limits.unbound_ms));
             }
@@ -115,18 +115,19 @@ impl Conn {
                 State::Draining { drain, .. } => Some(drain),
                 State::Active => None,
             };
-            let link = binding.link;
+            let (link, wrote) = (binding.link, binding.last_write_ns);
             binding.file = None;
             binding.state = State::Gone(Status::Closed);
-            tell(cx, link, drain);
+            tell(cx, link, wrote, drain);
         }
     }
 }
 
-/// Tells control that a binding is gone.
-fn tell(cx: &mut Cx, link: LinkBinding, drain: Option<Drain>) {
+/// Tells control that a binding is gone, which last wrote at that time.
+fn tell(cx: &mut Cx, link: LinkBinding, wrote: u64, drain: Option<Drain>) {
+    let fenced = if let Some(Drain::Fence(fence)) = &drain { Some(fence.reason) } else { None };
     cx.gauges.bindings.sub(1);
-    cx.registry.remove(link);
+    cx.registry.remove(link, wrote, fenced);
     match drain {
         Some(Drain::Fence(fence)) => cx.port.fenced(fence),
         Some(Drain::Unbind { .. }) | None => cx.port.released(link),

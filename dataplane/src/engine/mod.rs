@@ -55,7 +55,7 @@ use backend::Storage;
 use crossbeam::atomic::AtomicCell;
 use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
-use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted};
+use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted, Wrote};
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
@@ -262,6 +262,11 @@ impl Engine {
     /// When anything was last written; [`crate::link`] says where that is kept.
     pub fn last_write(&self) -> &LastWrite {
         &self.last_write
+    }
+
+    /// What bindings that are gone wrote, by open; what lives is in [`Engine::snapshot`], to be taken before.
+    pub fn wrote(&self) -> Vec<Wrote> {
+        self.registry.wrote()
     }
 
     /// Control's answer to a bind.

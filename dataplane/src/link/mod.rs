@@ -237,7 +237,10 @@ impl<F: FnOnce()> Link<'_, F> {
         let n = u32::try_from(held.len()).map_err(io::Error::other)?;
         let service_blob = self.service_blob.clone();
         let first = self.registered.is_some();
-        let register = ToControl::Register(Register { version: VERSION, service_blob, held: n, first });
+        // After the bindings: what ends from now on is told of as held.
+        let wrote = self.engine.wrote();
+        let register = Register { version: VERSION, service_blob, held: n, first, wrote };
+        let register = ToControl::Register(register);
         packet::send(socket, &register, None, end)?;
         for binding in &held {
             packet::send(socket, &ToControl::Held(binding.held), Some(binding.descriptor()), end)?;

@@ -6,7 +6,7 @@ use super::table::FileId;
 use crate::auth::SessionKey;
 use crate::types::{Access, Evidence, OpenId, ProcessId, SessionId};
 use crate::wire::control::{Attributes, Refusal, Reply, Request};
-use crate::wire::link::{Fence, Held, LinkBinding, Redeem, Restricted};
+use crate::wire::link::{Fence, Held, LinkBinding, Redeem, Restricted, Wrote};
 
 /// One event. The shell gives them one at a time, in the order in which they happened.
 #[derive(Debug)]
@@ -50,6 +50,8 @@ pub enum Input {
     /// At the start only: a dataplane of an earlier control may live and hold bindings that this authority does not
     /// know. Until [`Input::LinkUp`] or [`Input::LinkLost`] nothing is granted that they could conflict with.
     DataplaneMayLive,
+    /// What bindings that are gone wrote, as a dataplane tells that is about to register.
+    Wrote(Vec<Wrote>),
     /// A dataplane registered. By the link's contract every binding that it does not tell of is gone.
     LinkUp {
         /// As registered; handed on unread.

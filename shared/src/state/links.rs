@@ -10,9 +10,9 @@
 //! While a binding lives whose open nobody knows (a *stray*), nothing is granted that it could conflict with.
 
 use super::table::Binding;
-use super::{Authority, Effect, FileIdentity, LockMode};
+use super::{Authority, Effect, LockMode};
 use crate::types::{Access, Status};
-use crate::wire::link::{Fence, Held, LinkBinding};
+use crate::wire::link::{Fence, Held, LinkBinding, Wrote};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The last write of a binding that goes on writing.
@@ -22,7 +22,7 @@ impl Authority {
     pub(super) fn link_up(&mut self, service_blob: Vec<u8>, held: Vec<Held>, effects: &mut Vec<Effect>) {
         self.service_blob = Some(service_blob);
         self.unknown_bindings = false;
-        let mut last_writes: BTreeMap<FileIdentity, u64> = BTreeMap::new();
+        let mut last_writes = std::mem::take(&mut self.wrote);
         let held: BTreeMap<LinkBinding, Held> = held.into_iter().map(|held| (held.binding, held)).collect();
         self.strays.clear();
         for held in held.values() {
@@ -41,6 +41,16 @@ impl Authority {
         }
         self.tell_rules_again(held.values(), effects);
         self.settle(&last_writes, 0, effects);
+    }
+
+    /// Only at the start is it of interest who wrote what is found changed.
+    pub(super) fn wrote(&mut self, wrote: &[Wrote]) {
+        for wrote in wrote.iter().filter(|_| self.settling) {
+            if let Some(open) = self.opens.get(wrote.open) {
+                let last = self.wrote.entry(open.identity).or_default();
+                *last = wrote.last_write_ns.max(*last);
+            }
+        }
     }
 
     /// One binding that lives.

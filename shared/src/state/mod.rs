@@ -94,6 +94,7 @@ use persist::Journal;
 use rules::Volumes;
 use session::Sessions;
 use share::ShareTable;
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use table::OpenTable;
 use timers::Timers;
@@ -147,6 +148,8 @@ pub struct Authority {
     undated: bool,
     /// Before recovery: see [`Authority::set_last_write`].
     last_write: u64,
+    /// Before recovery is settled: when bindings that are gone last wrote.
+    wrote: BTreeMap<FileIdentity, u64>,
 }
 
 /// How much there is of everything, for the operator.
@@ -212,6 +215,7 @@ impl Authority {
             settling: false,
             undated: false,
             last_write: 0,
+            wrote: BTreeMap::new(),
         }
     }
 
@@ -235,6 +239,7 @@ impl Authority {
         match input {
             Input::Reopened { open, result } => return self.reopened(open, result, effects),
             Input::DataplaneMayLive => return self.unknown_bindings = true,
+            Input::Wrote(wrote) => return self.wrote(&wrote),
             Input::LinkUp { service_blob, held } => return self.link_up(service_blob, held, effects),
             Input::LinkLost => return self.link_lost(effects),
             Input::Persisted(sequence) => return self.persisted(sequence, effects),
@@ -262,6 +267,7 @@ impl Authority {
             Input::Restricted(restricted) => self.restricted(restricted, effects),
             Input::Reopened { .. }
             | Input::DataplaneMayLive
+            | Input::Wrote(_)
             | Input::LinkUp { .. }
             | Input::LinkLost
             | Input::Persisted(_) => {}

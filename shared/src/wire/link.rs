@@ -40,7 +40,10 @@ use crate::types::{Access, HandleId, IoRule, OpenId, Status};
 use minicbor::{Decode, Encode};
 
 /// The version of these messages. Both processes come from one build, so it must be equal.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
+
+/// Opens that a registration may name as written by bindings that are gone.
+pub const WROTE_MAX: usize = 1024;
 
 /// A binding's number on the link, given by control; never used twice, by no later control either:
 /// the upper half counts the starts of control.
@@ -111,6 +114,20 @@ pub struct Register {
     /// dataplane is dead.
     #[n(3)]
     pub first: bool,
+    /// Opens whose bindings wrote and are gone, each once; at most [`WROTE_MAX`], those that ended last.
+    #[n(4)]
+    pub wrote: Vec<Wrote>,
+}
+
+/// An open of which a binding wrote that is gone: a change of its file up to then may have been its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Wrote {
+    /// Which open.
+    #[n(0)]
+    pub open: OpenId,
+    /// When its last write had returned, nanoseconds since 1970.
+    #[n(1)]
+    pub last_write_ns: u64,
 }
 
 /// See [`ToControl::Held`].

@@ -14,6 +14,8 @@ use tokio::time::{sleep, timeout};
 /// First wait before a plane that crashed soon after its start is started again; doubles with each such crash.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// The same for one that had become ready: what killed it may come from outside, and its clients wait.
+const BACKOFF_READY_MAX: Duration = Duration::from_secs(1);
 /// A plane that ran so long is taken to be well: if it dies it is started again at once, for its clients wait.
 const WELL_AFTER: Duration = Duration::from_secs(1);
 /// From SIGTERM to SIGKILL.
@@ -23,13 +25,13 @@ const STOP_MAX: Duration = Duration::from_secs(10);
 struct Backoff(Duration);
 
 impl Backoff {
-    /// After a run of `ran`: nothing if the plane was well, else longer each time.
-    fn after(&mut self, ran: Duration) -> Duration {
-        if ran >= WELL_AFTER {
+    /// After a run of `ran` which did or did not become ready: nothing if the plane was well, else longer each time.
+    fn after(&mut self, ran: Duration, ready: bool) -> Duration {
+        if ready && ran >= WELL_AFTER {
             self.0 = BACKOFF_MIN;
             return Duration::ZERO;
         }
-        let wait = self.0;
+        let wait = if ready { self.0.min(BACKOFF_READY_MAX) } else { self.0 };
         self.0 = (wait * 2).min(BACKOFF_MAX);
         wait
     }
@@ -81,7 +83,7 @@ impl Plane {
                     // A program that is just being replaced, or a system short of processes, comes back.
                     tracing::error!(plane = self.name, "{error:#}; it will be tried again");
                     tokio::select! {
-                        () = sleep(backoff.after(Duration::ZERO)) => {}
+                        () = sleep(backoff.after(Duration::ZERO, false)) => {}
                         _ = stop.changed() => return Ok(()),
                     }
                     continue;
@@ -89,13 +91,13 @@ impl Plane {
             };
             let stdout = child.stdout.take().context("the plane has no stdout")?;
             let mut lines = BufReader::new(stdout).lines();
-            let mut open = true;
+            let (mut open, mut ready_now) = (true, false);
             let status = loop {
                 tokio::select! {
                     line = lines.next_line(), if open => match line {
                         Ok(Some(line)) => match self.parse(&line) {
                             Some(value) => {
-                                was_ready = true;
+                                (was_ready, ready_now) = (true, true);
                                 let _ = ready.send(Ready(value)).await;
                             }
                             None => tracing::debug!(plane = self.name, "{line}"),
@@ -109,7 +111,7 @@ impl Plane {
             if !was_ready {
                 bail!("holdfast-{} ended before it was ready ({status}); its log above says why", self.name);
             }
-            let wait = backoff.after(started.elapsed());
+            let wait = backoff.after(started.elapsed(), ready_now);
             tracing::error!(
                 plane = self.name,
                 %status,
@@ -156,13 +158,17 @@ mod tests {
     #[test]
     fn a_plane_that_was_well_is_started_at_once_and_one_that_was_not_waits_longer_each_time() {
         let mut backoff = Backoff(BACKOFF_MIN);
-        assert_eq!(backoff.after(WELL_AFTER), Duration::ZERO);
         let short = WELL_AFTER / 2;
-        assert_eq!([backoff.after(short), backoff.after(short)], [BACKOFF_MIN, BACKOFF_MIN * 2]);
-        assert!((0..20).all(|_| backoff.after(short) <= BACKOFF_MAX));
-        assert_eq!(backoff.after(short), BACKOFF_MAX);
-        assert_eq!(backoff.after(WELL_AFTER), Duration::ZERO);
-        assert_eq!(backoff.after(short), BACKOFF_MIN, "one good run, and all is forgotten");
+        assert_eq!(backoff.after(WELL_AFTER, true), Duration::ZERO);
+        assert_eq!([backoff.after(short, true), backoff.after(short, false)], [BACKOFF_MIN, BACKOFF_MIN * 2]);
+        assert!((0..20).all(|_| backoff.after(short, true) <= BACKOFF_READY_MAX));
+        assert_eq!(
+            backoff.after(WELL_AFTER, false),
+            BACKOFF_MAX,
+            "it never became ready, however long it tried"
+        );
+        assert_eq!(backoff.after(WELL_AFTER, true), Duration::ZERO);
+        assert_eq!(backoff.after(short, true), BACKOFF_MIN, "one good run, and all is forgotten");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::journal::record::Record;
 use crate::state::{Effect, Input, Limits, OpenState};
 use crate::types::{Access, Evidence, OpenId, SessionId, ShareMode, Status, Verdict};
 use crate::wire::control::{Opened, Reply, Request, Resume};
-use crate::wire::link::{Held, LinkBinding};
+use crate::wire::link::{Held, LinkBinding, Wrote};
 use std::time::Duration;
 
 fn held_binding(binding: LinkBinding, opened: &Opened, epoch: u64, last_write_ns: u64) -> Held {
@@ -115,6 +115,33 @@ fn the_servers_own_writes_are_no_change_and_a_later_one_is() {
         let after = resumed(&world.look(effects, 5));
         assert_eq!(after.verdict, wanted, "{changed_ns} {last_write} {told_by_binding}");
         assert_eq!(after.kept.len(), usize::from(told_by_binding));
+    }
+}
+
+#[test]
+fn what_a_binding_wrote_that_is_gone_is_its_opens_own() {
+    // How the file looks after control's crash; what a living dataplane tells of the open, and of another one.
+    for (changed_ns, wrote, others, wanted) in [
+        (70, 0, 0, Verdict::Changed),
+        (70, 70, 0, Verdict::Unchanged),
+        (70, 69, 0, Verdict::Changed),
+        (70, 0, 99, Verdict::Changed),
+    ] {
+        let mut world = World::new();
+        let first = world.begin(1, "u1");
+        world.give(Input::LinkUp { service_blob: Vec::new(), held: Vec::new() });
+        let before = world.open(first, held(1, RW, ShareMode::ALL, 1000), 5);
+        let other = world.open(first, held(2, RW, ShareMode::ALL, 1000), 6);
+        world.evidence.insert(5, Evidence { changed_ns, ..Evidence::default() });
+        let mut world = world.crash();
+        world.give(Input::DataplaneMayLive);
+        let wrote = [(before.open, wrote), (other.open, others), (OpenId([9; 16]), 99)];
+        let wrote = wrote.map(|(open, last_write_ns)| Wrote { open, last_write_ns });
+        world.give(Input::Wrote(wrote.to_vec()));
+        world.give(Input::LinkUp { service_blob: Vec::new(), held: Vec::new() });
+        let second = world.begin(2, "u1");
+        let after = resumed(&world.resume(second, &before, 5));
+        assert_eq!(after.verdict, wanted, "{changed_ns} {wrote:?}");
     }
 }
 
