@@ -110,13 +110,14 @@ impl Inner {
 }
 
 impl Open {
-    /// Binds a channel to this open with all access that it has. Waits for a server that is away, as the policy says.
+    /// Binds a channel to this open with all access to data that it has. Waits for a server that is away, as the policy says.
     ///
     /// # Errors
     /// [`Status::BadKey`] if the server does not take the key; [`Status::BadProof`] (the channel has ended) if the
     /// server is not the one that issued it.
     pub async fn bind(&self, channel: &DataChannel) -> Result<Binding> {
-        self.bind_with_access(channel, self.access()).await
+        // Removing and renaming go through control.
+        self.bind_with_access(channel, self.access().intersection(Access::READ | Access::WRITE)).await
     }
 
     /// Binds with less access than the open has.

@@ -6,10 +6,12 @@
 //!   names     ls stat mkdir rm mv df volumes           copy, cat     move bytes
 //!   output    tables, sizes, times                     doctor        is RDMA in use, and if not, why
 //!   admin     the server's admin socket                opens         what the operator sees and ends
+//!   exit      exit codes                               bench         how fast a file is read and written
 //! ```
 
 mod admin;
 mod args;
+mod bench;
 mod cat;
 mod cert;
 mod copy;
@@ -60,6 +62,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Cert(cert) => cert::run(&cert),
         Command::Serve(serve) => serve::run(&serve).await,
         Command::Cp(copy) => copy::run(&connection, &copy).await,
+        Command::Bench(bench) => bench::run(&connection, &bench).await,
         Command::Cat(cat) => cat::run(&connection, &cat).await,
         Command::Doctor(doctor) => doctor::run(&connection, &doctor).await,
         Command::Opens(args) => opens::run(&connection, &args).await,

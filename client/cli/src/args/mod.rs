@@ -1,5 +1,6 @@
 //! What can be typed: by everybody here, by a server's operator in [`operator`].
 
+mod bench;
 mod operator;
 
 use crate::remote::Remote;
@@ -8,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use holdfast_client::{Config, Session, Transport};
 use std::path::PathBuf;
 
+pub(crate) use bench::{Bench, Pattern};
 pub(crate) use operator::{Cert, Doctor, Init, Opens, PlaneGuard, Serve, Sessions};
 
 /// Files over RDMA, through handles that hold.
@@ -60,6 +62,7 @@ pub(crate) enum Command {
     Serve(Serve),
     Cp(Copy),
     Cat(Cat),
+    Bench(Bench),
     Doctor(Doctor),
     Opens(Opens),
     Sessions(Sessions),
@@ -90,6 +93,7 @@ impl Cli {
         match &self.command {
             Command::Serve(a) => a.json,
             Command::Cp(a) => a.json,
+            Command::Bench(a) => a.json,
             Command::Doctor(a) => a.json,
             Command::Opens(a) => a.json,
             Command::Sessions(a) => a.json,

@@ -1,0 +1,147 @@
+//! What was measured, for people and for scripts.
+
+use super::job::Seen;
+use crate::args::Pattern;
+use crate::output::{line, shown, size};
+use clap::ValueEnum;
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+pub(super) struct Report {
+    pub(super) file: String,
+    pub(super) pattern: Pattern,
+    pub(super) transport: &'static str,
+    /// Why it is not verbs, if that was wanted.
+    pub(super) fallback: Option<String>,
+    pub(super) block: usize,
+    pub(super) depth: usize,
+    pub(super) jobs: usize,
+    /// Bytes of the file that were used.
+    pub(super) size: u64,
+    pub(super) elapsed: Duration,
+    /// Of this process, user and system.
+    pub(super) cpu: Duration,
+    pub(super) seen: Seen,
+}
+
+/// CPU time that this process has used so far.
+pub(super) fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+impl Report {
+    fn rate(&self) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 { self.seen.latencies.total() as f64 / seconds } else { 0.0 }
+    }
+
+    fn cpu_each(&self) -> u64 {
+        let ns = self.cpu.as_nanos() / u128::from(self.seen.latencies.total().max(1));
+        u64::try_from(ns).unwrap_or(u64::MAX)
+    }
+
+    fn pattern(&self) -> String {
+        self.pattern.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn json(&self) -> Value {
+        let latencies = &self.seen.latencies;
+        let (least, most) = latencies.bounds();
+        json!({
+            "file": self.file,
+            "rw": self.pattern(),
+            "transport": self.transport,
+            "fallback": self.fallback,
+            "block_bytes": self.block,
+            "depth": self.depth,
+            "jobs": self.jobs,
+            "size_bytes": self.size,
+            "seconds": self.elapsed.as_secs_f64(),
+            "operations": latencies.total(),
+            "iops": self.rate(),
+            "bytes_per_second": self.rate() * self.block as f64,
+            "latency_ns": {
+                "min": least,
+                "mean": latencies.mean(),
+                "p50": latencies.per_mille(500),
+                "p90": latencies.per_mille(900),
+                "p99": latencies.per_mille(990),
+                "p99_9": latencies.per_mille(999),
+                "max": most,
+            },
+            "client_cpu_ns_per_operation": self.cpu_each(),
+            "flush_seconds": self.seen.flush.map(|flush| flush.as_secs_f64()),
+            "blocks_verified": self.seen.verified,
+        })
+    }
+
+    /// Prints it to standard output.
+    pub(super) fn print(&self, as_json: bool) -> anyhow::Result<()> {
+        if as_json {
+            return line(self.json());
+        }
+        let latencies = &self.seen.latencies;
+        let plural = if self.jobs == 1 { "" } else { "s" };
+        line(format_args!(
+            "{}: {} of {}, {} in flight, {} job{plural}, {} of the file, over {}, {:.1} s",
+            shown(&self.file),
+            self.pattern(),
+            size(self.block as u64),
+            self.depth,
+            self.jobs,
+            size(self.size),
+            self.transport,
+            self.elapsed.as_secs_f64()
+        ))?;
+        if let Some(reason) = &self.fallback {
+            line(format_args!("  not over verbs: {}", shown(reason)))?;
+        }
+        line(format_args!("  IOPS        {:.0}", self.rate()))?;
+        line(format_args!("  bandwidth   {}/s", size((self.rate() * self.block as f64) as u64)))?;
+        line(format_args!(
+            "  latency     mean {}, p50 {}, p90 {}, p99 {}, p99.9 {}, max {}",
+            time(latencies.mean()),
+            time(latencies.per_mille(500)),
+            time(latencies.per_mille(900)),
+            time(latencies.per_mille(990)),
+            time(latencies.per_mille(999)),
+            time(latencies.bounds().1)
+        ))?;
+        line(format_args!("  client CPU  {} per operation", time(self.cpu_each())))?;
+        if let Some(flush) = self.seen.flush {
+            line(format_args!("  flush       {:.2?} after the last write", flush))?;
+        }
+        if self.seen.verified > 0 {
+            line(format_args!("  verified    {} blocks", self.seen.verified))?;
+        }
+        Ok(())
+    }
+}
+
+/// Three digits, or so.
+fn time(ns: u64) -> String {
+    match ns {
+        0..1_000 => format!("{ns} ns"),
+        1_000..100_000 => format!("{:.1} µs", ns as f64 / 1e3),
+        100_000..1_000_000 => format!("{} µs", ns / 1000),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", ns as f64 / 1e6),
+        _ => format!("{:.2} s", ns as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short() {
+        for (ns, text) in
+            [(0, "0 ns"), (999, "999 ns"), (1_500, "1.5 µs"), (150_000, "150 µs"), (2_500_000, "2.5 ms")]
+        {
+            assert_eq!(time(ns), text);
+        }
+    }
+}
