@@ -35,6 +35,8 @@ const AHEAD_NS: u64 = 100_000_000;
 pub struct LastWrite {
     word: OnceLock<MappedWord>,
     under_way: AtomicU64,
+    /// When the latest of those that have returned had.
+    latest: AtomicU64,
 }
 
 /// A write that is about to be made.
@@ -44,13 +46,23 @@ pub(crate) struct Writing<'a>(&'a LastWrite);
 impl Writing<'_> {
     /// It has returned. The time, for its binding. No lock, no allocation, no system call.
     pub(crate) fn returned(self) -> u64 {
+        let Self(LastWrite { word, under_way, latest }) = self;
         let now = wall_clock_ns();
-        let last = self.0.under_way.fetch_sub(1, Ordering::AcqRel) == 1;
-        if let Some(word) = self.0.word.get() {
-            // A write that begins just now may lose its time ahead so. That errs towards telling of a change.
-            if last { word.set(now) } else { word.raise(now) }
+        latest.fetch_max(now, Ordering::AcqRel);
+        under_way.fetch_sub(1, Ordering::AcqRel);
+        let Some(word) = word.get() else { return now };
+        // The time ahead goes when no write is under way that it is for. One that begins meanwhile has raised it again, and then
+        // this one's word is not taken. Of all that returned the latest counts, not this one.
+        loop {
+            let ahead = word.read();
+            if under_way.load(Ordering::Acquire) != 0 {
+                word.raise(now);
+                return now;
+            }
+            if word.replace(ahead, latest.load(Ordering::Acquire)) {
+                return now;
+            }
         }
-        now
     }
 }
 
@@ -119,6 +131,26 @@ mod tests {
         let next = LastWrite::default();
         next.keep_in(&path).unwrap();
         assert_eq!(content(&path), written, "kept until something is written");
+    }
+
+    #[test]
+    fn no_write_takes_back_the_time_of_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = last_write_path(&directory.path().join("link.sock"));
+        let last = LastWrite::default();
+        last.keep_in(&path).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50_000 {
+                        let written = last.begin().returned();
+                        let kept = last.word.get().unwrap().read();
+                        assert!(kept >= written, "{} ns behind a write that has returned", written - kept);
+                    }
+                });
+            }
+        });
+        assert!(content(&path) <= wall_clock_ns(), "and nothing is ahead when all have");
     }
 
     #[test]
