@@ -35,8 +35,6 @@ const AHEAD_NS: u64 = 100_000_000;
 pub struct LastWrite {
     word: OnceLock<MappedWord>,
     under_way: AtomicU64,
-    /// When the latest of those that have returned had.
-    latest: AtomicU64,
 }
 
 /// A write that is about to be made.
@@ -46,20 +44,19 @@ pub(crate) struct Writing<'a>(&'a LastWrite);
 impl Writing<'_> {
     /// It has returned. The time, for its binding. No lock, no allocation, no system call.
     pub(crate) fn returned(self) -> u64 {
-        let Self(LastWrite { word, under_way, latest }) = self;
+        let Self(LastWrite { word, under_way }) = self;
         let now = wall_clock_ns();
-        latest.fetch_max(now, Ordering::AcqRel);
         under_way.fetch_sub(1, Ordering::AcqRel);
         let Some(word) = word.get() else { return now };
         // The time ahead goes when no write is under way that it is for. One that begins meanwhile has raised it again, and then
-        // this one's word is not taken. Of all that returned the latest counts, not this one.
+        // this one's word is not taken. The clock is asked once more, as others may have returned after this one's time.
         loop {
             let ahead = word.read();
             if under_way.load(Ordering::Acquire) != 0 {
                 word.raise(now);
                 return now;
             }
-            if word.replace(ahead, latest.load(Ordering::Acquire)) {
+            if word.replace(ahead, wall_clock_ns()) {
                 return now;
             }
         }
