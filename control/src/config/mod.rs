@@ -169,12 +169,27 @@ impl Config {
         for volume in &self.volumes {
             volume.check()?;
             let name = &volume.name;
+            // Its clients could read what proves keys and certificates, or write it.
+            let own = [&self.state_dir, &self.tls.key, &self.journal_directory()];
+            if let Some(path) = own.into_iter().find(|path| is_beneath(path, &volume.directory)) {
+                return Err(format!(
+                    "volume {name:?}: {} is the server's own, and must not be in it",
+                    path.display()
+                ));
+            }
             if !names.insert(name) {
                 return Err(format!("volume {name:?} is there twice"));
             }
         }
         Ok(())
     }
+}
+
+/// True if a path, as far as it exists, leads into the directory.
+fn is_beneath(path: &Path, directory: &Path) -> bool {
+    let there = path.ancestors().find_map(|path| path.canonicalize().ok());
+    let directory = directory.canonicalize();
+    there.zip(directory.ok()).is_some_and(|(there, directory)| there.starts_with(directory))
 }
 
 #[cfg(test)]
@@ -225,6 +240,10 @@ mod tests {
             ("[[volume]]\nname='a/b'\ndirectory='data'", "a/b"),
             ("[[volume]]\nname='a'\ndirectory='nowhere'", "nowhere"),
             ("[[volume]]\nname='a'\ndirectory='data'\nmac_policy='strong'", "strong"),
+            ("[[volume]]\nname='a'\ndirectory='.'", "server's own"),
+            ("state_dir = 'data/../data/state'\n[[volume]]\nname='a'\ndirectory='data'", "server's own"),
+            ("[journal]\ndirectory = 'data'\n[[volume]]\nname='a'\ndirectory='data'", "server's own"),
+            ("[tls]\nkey = 'data/server.key'\n[[volume]]\nname='a'\ndirectory='data'", "server's own"),
             ("[[volume]]\nname='a'\ndirectory='data'\nid='xyz'", "32 hex"),
             ("[[volume]]\nname='a'\ndirectory='data'\n[[volume]]\nname='a'\ndirectory='data'", "twice"),
         ] {

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 pub struct Volume {
     /// Its name, 1 to 64 bytes, without `/`, `:` and control characters.
     pub name: String,
-    /// The directory; it must be there.
+    /// The directory; it must be there, and the server's state, journal and private key must not lie in it.
     pub directory: PathBuf,
     /// Its id, 32 hex digits. Give one to keep resume keys good when the volume is renamed. Default: made from the
     /// cluster's id and the name.
