@@ -56,8 +56,9 @@ impl Writing<'_> {
                 word.raise(now);
                 return now;
             }
-            if word.replace(ahead, wall_clock_ns()) {
-                return now;
+            let later = wall_clock_ns();
+            if word.replace(ahead, later) {
+                return later;
             }
         }
     }
