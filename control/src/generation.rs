@@ -39,8 +39,8 @@ pub enum GenerationError {
     /// The journal is older than something that was written after it, or not there at all.
     #[error(
         "the journal in {journal} {found}, but {witness} knows start {known}. Opens, locks and resume keys of since then \
-         are not in it, and somebody may still rely on them. Put the newest journal back; or start once with \
-         --accept-journal-loss, which begins a new one: every older resume key is then BadKey, and nobody is told \
+         are not in it, and somebody may still rely on them. Put the newest journal back; or start \
+         holdfast-control once, by hand, with --accept-journal-loss, which begins a new one: every older resume key is then BadKey, and nobody is told \
          which files had been kept for whom"
     )]
     Behind {

@@ -44,13 +44,23 @@ pub(crate) struct Writing<'a>(&'a LastWrite);
 impl Writing<'_> {
     /// It has returned. The time, for its binding. No lock, no allocation, no system call.
     pub(crate) fn returned(self) -> u64 {
+        let Self(LastWrite { word, under_way }) = self;
         let now = wall_clock_ns();
-        let last = self.0.under_way.fetch_sub(1, Ordering::AcqRel) == 1;
-        if let Some(word) = self.0.word.get() {
-            // A write that begins just now may lose its time ahead so. That errs towards telling of a change.
-            if last { word.set(now) } else { word.raise(now) }
+        under_way.fetch_sub(1, Ordering::AcqRel);
+        let Some(word) = word.get() else { return now };
+        // The time ahead goes when no write is under way that it is for. One that begins meanwhile has raised it again, and then
+        // this one's word is not taken. The clock is asked once more, as others may have returned after this one's time.
+        loop {
+            let ahead = word.read();
+            if under_way.load(Ordering::Acquire) != 0 {
+                word.raise(now);
+                return now;
+            }
+            let later = wall_clock_ns();
+            if word.replace(ahead, later) {
+                return later;
+            }
         }
-        now
     }
 }
 
@@ -119,6 +129,28 @@ mod tests {
         let next = LastWrite::default();
         next.keep_in(&path).unwrap();
         assert_eq!(content(&path), written, "kept until something is written");
+    }
+
+    #[test]
+    fn no_write_takes_back_the_time_of_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = last_write_path(&directory.path().join("link.sock"));
+        let last = LastWrite::default();
+        last.keep_in(&path).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200_000 {
+                        let written = last.begin().returned();
+                        // A moment for another to do its worst, of another length each time.
+                        (0..written % 64).for_each(|_| std::hint::spin_loop());
+                        let kept = last.word.get().unwrap().read();
+                        assert!(kept >= written, "{} ns behind a write that has returned", written - kept);
+                    }
+                });
+            }
+        });
+        assert!(content(&path) <= wall_clock_ns(), "and nothing is ahead when all have");
     }
 
     #[test]

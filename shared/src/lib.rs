@@ -8,9 +8,11 @@
 //!   wire    data-plane frames, control messages, link messages     (bytes <-> nouns)
 //!   auth    resume keys, key schedule, transcripts, frame MACs     (who may)
 //!   state   the authority: the open table and its rules            (what happens)
+//!   journal the journal's layout, over a trait for the disk        (what outlives a crash)
 //! ```
 //!
-//! `state` may use all the others, `auth` and `wire` use `types`, and nothing points back.
+//! `state` may use all the others, `auth` and `wire` use `types`. Nothing points back but the journal's records, which hold
+//! what `state` knows of a file.
 
 #![forbid(unsafe_code)]
 

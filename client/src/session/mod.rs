@@ -259,8 +259,12 @@ impl Inner {
     /// Notes an open of a connection, so that it is resumed on the next one.
     pub(crate) fn register(&self, open: &Arc<OpenInner>, on: &Arc<Connection>) {
         let mut opens = self.opens.lock();
-        // Bounded by what lives, also for those who open and close for ever.
-        opens.retain(|_, open| open.strong_count() > 0);
+        // Bounded by twice what lives, also for those who open and close for ever; and no open pays for all the others.
+        if opens.len() == opens.capacity() {
+            opens.retain(|_, open| open.strong_count() > 0);
+            let live = opens.len();
+            opens.reserve(live.max(16));
+        }
         opens.insert(open.id, Arc::downgrade(open));
         drop(opens);
         let phase = self.phase.borrow().clone();

@@ -184,8 +184,8 @@ impl Plan {
             return Ok(());
         }
         anyhow::bail!(
-            "{missing}. Or start once with --accept-lost-volumes: what is not found is then lost for good, and its \
-             clients are told so"
+            "{missing}. Or start holdfast-control once, by hand, with --accept-lost-volumes: what is not found is then lost \
+             for good, and its clients are told so"
         )
     }
 }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use tokio::sync::{mpsc, oneshot};
 
-/// Gauge questions to dataplane that may wait at once.
+/// Gauge questions that dataplane has not answered.
 const GAUGE_QUESTIONS_MAX: usize = 16;
 
 /// The registered dataplane.
@@ -129,7 +129,7 @@ impl Driver {
 
     pub(super) fn ask_gauges(&mut self, answer: oneshot::Sender<Vec<Gauge>>) {
         let Some(link) = &mut self.link else { return };
-        link.questions.retain(|_, question| !question.is_closed());
+        // Also those of which the asker has gone count: a dataplane that hangs must not have them pile up in the queue.
         if link.questions.len() < GAUGE_QUESTIONS_MAX {
             link.last_question += 1;
             let id = link.last_question;
@@ -145,7 +145,8 @@ impl Driver {
         self.to_dataplane(ToDataplane::Redeemed(Redeemed { id, result }), None);
     }
 
-    /// Queues a packet. The queue holds at most one answer for each bind under way and one fence for each binding.
+    /// Queues a packet. The queue holds at most one answer for each bind under way, one fence for each binding, the gauge
+    /// questions that are not answered, and new rules for as many lock requests and opens as may be under way.
     /// If the link is gone its end is already on the way here.
     pub(super) fn to_dataplane(&self, message: ToDataplane, descriptor: Option<Arc<OwnedFd>>) {
         if let Some(link) = &self.link {

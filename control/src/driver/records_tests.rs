@@ -2,15 +2,14 @@
 
 use super::records::Records;
 use crate::gauges::Gauges;
+use crate::journal::tests::next;
 use crate::journal::{self, JournalEvent, Kind, Settings};
 use holdfast_shared::journal::record::Record;
 use holdfast_shared::journal::sim::MemoryDisk;
 use holdfast_shared::journal::{Disk, DiskError};
 use holdfast_shared::types::{ClusterId, OpenId};
-use std::time::{Duration, Instant};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-
-const PATIENCE: Duration = Duration::from_secs(10);
+use std::time::Duration;
+use tokio::sync::mpsc::unbounded_channel;
 
 /// A disk that takes its time to say that it is full.
 struct Slow(MemoryDisk);
@@ -50,17 +49,6 @@ impl Disk for Slow {
     }
     fn remove(&self, name: &str) -> Result<(), DiskError> {
         self.0.remove(name)
-    }
-}
-
-fn next(events: &mut UnboundedReceiver<JournalEvent>) -> JournalEvent {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match events.try_recv() {
-            Ok(event) => return event,
-            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_micros(100)),
-            Err(error) => panic!("no event comes: {error}"),
-        }
     }
 }
 

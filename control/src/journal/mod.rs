@@ -16,7 +16,7 @@ mod disk;
 #[cfg(test)]
 mod room_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod writer;
 
 pub use disk::FileDisk;

@@ -1,22 +1,10 @@
 //! What is kept on the disk for the ends of opens.
 
+use super::tests::{PATIENCE, next};
 use super::*;
 use holdfast_shared::journal::sim::MemoryDisk;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-
-const PATIENCE: Duration = Duration::from_secs(10);
-
-fn next(events: &mut UnboundedReceiver<JournalEvent>) -> JournalEvent {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match events.try_recv() {
-            Ok(event) => return event,
-            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_micros(100)),
-            Err(error) => panic!("no event comes: {error}"),
-        }
-    }
-}
+use tokio::sync::mpsc::unbounded_channel;
 
 /// The disk becomes full while there are many opens: each can still end.
 #[test]

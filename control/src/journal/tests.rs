@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 const CLUSTER: ClusterId = ClusterId([3; 16]);
+/// How long anything is waited for.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 const CHILD: &str = "HOLDFAST_JOURNAL_CHILD";
 
 fn payload(sequence: u64) -> Vec<u8> {
@@ -38,17 +40,26 @@ fn on_memory(disk: &MemoryDisk) -> (Journal, UnboundedReceiver<JournalEvent>) {
     (start(recovery, 1, &Settings::default(), sender).unwrap(), receiver)
 }
 
+/// What the journal tells next, waited for.
+pub(crate) fn next(events: &mut UnboundedReceiver<JournalEvent>) -> JournalEvent {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match events.try_recv() {
+            Ok(event) => return event,
+            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_micros(100)),
+            Err(error) => panic!("no event comes: {error}"),
+        }
+    }
+}
+
 fn wait_for(
     events: &mut UnboundedReceiver<JournalEvent>,
     wanted: impl Fn(&JournalEvent) -> bool,
 ) -> JournalEvent {
-    let until = Instant::now() + Duration::from_secs(20);
     loop {
-        match events.try_recv() {
-            Ok(event) if wanted(&event) => return event,
-            Ok(_) => {}
-            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
-            Err(error) => panic!("the event never came: {error}"),
+        let event = next(events);
+        if wanted(&event) {
+            return event;
         }
     }
 }

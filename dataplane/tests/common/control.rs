@@ -31,6 +31,48 @@ impl Open {
         u64::try_from(meta.ctime() * 1_000_000_000 + meta.ctime_nsec()).unwrap()
     }
 
+    /// What both sides of a bind have seen, if its proof is right.
+    pub fn proven(&self, redeem: &Redeem) -> Option<[u8; 32]> {
+        let transcript = BindTranscript {
+            channel: &redeem.channel,
+            server_nonce: &redeem.server_nonce,
+            open_challenge: &self.challenge,
+            client_challenge: &redeem.client_challenge,
+            resume_key: &redeem.resume_key,
+            volume: self.volume,
+            access: redeem.access,
+            policy: redeem.policy,
+        }
+        .digest();
+        self.secret.client_proof_is_right(&transcript, &redeem.proof).then_some(transcript)
+    }
+
+    /// What control grants for a proven bind, without any rules.
+    pub fn grant(
+        &self,
+        redeem: &Redeem,
+        transcript: [u8; 32],
+        binding: LinkBinding,
+        handle: HandleId,
+        epoch: u64,
+    ) -> Grant {
+        let (access, policy) = (redeem.access, self.policy);
+        let answer = BindAnswer { handle, epoch, access, policy }.digest(&transcript);
+        Grant {
+            binding,
+            open: self.id,
+            handle,
+            epoch,
+            access,
+            policy,
+            proof: self.secret.server_proof(&answer),
+            keys: self.secret.channel_keys(&answer),
+            rules: Vec::new(),
+            rules_version: 0,
+            transcript,
+        }
+    }
+
     pub fn content(&self) -> Vec<u8> {
         use std::os::unix::fs::FileExt;
         let mut data = vec![0; usize::try_from(self.file.metadata().unwrap().len()).unwrap()];
@@ -143,43 +185,18 @@ impl FakeControl {
         let Some(open) = opens.iter().find(|open| open.key == redeem.resume_key) else {
             return refused(Status::BadKey);
         };
-        let transcript = BindTranscript {
-            channel: &redeem.channel,
-            server_nonce: &redeem.server_nonce,
-            open_challenge: &open.challenge,
-            client_challenge: &redeem.client_challenge,
-            resume_key: &redeem.resume_key,
-            volume: open.volume,
-            access: redeem.access,
-            policy: redeem.policy,
-        }
-        .digest();
-        if !open.secret.client_proof_is_right(&transcript, &redeem.proof) || redeem.policy != open.policy {
+        let Some(transcript) = open.proven(redeem).filter(|_| redeem.policy == open.policy) else {
             return refused(Status::BadKey);
-        }
+        };
         if !open.access.contains(redeem.access) {
             return refused(Status::AccessDenied);
         }
         let n = self.next.fetch_add(1, Ordering::Relaxed);
         let handle = HandleId([u8::try_from(n & 0xff).unwrap(); 16]);
-        let answer =
-            BindAnswer { handle, epoch: 5, access: redeem.access, policy: open.policy }.digest(&transcript);
         let binding = LinkBinding(n);
         self.granted.lock().unwrap().push(binding);
         let (rules_version, rules) = self.rules.lock().unwrap().clone();
-        let grant = Grant {
-            binding,
-            open: open.id,
-            handle,
-            epoch: 5,
-            access: redeem.access,
-            policy: open.policy,
-            proof: open.secret.server_proof(&answer),
-            keys: open.secret.channel_keys(&answer),
-            rules_version,
-            rules,
-            transcript,
-        };
+        let grant = Grant { rules_version, rules, ..open.grant(redeem, transcript, binding, handle, 5) };
         (RedeemResult::Granted(Box::new(grant)), Some(open.file.try_clone().unwrap().into()))
     }
 }

@@ -1,10 +1,10 @@
 //! The process, and a scripted control at the other end of its link.
 
 use super::{Client, Open};
-use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, MacPolicy, Secret};
+use holdfast_shared::auth::{BindSecret, MacPolicy, Secret};
 use holdfast_shared::types::{Access, HandleId, LINK_PACKET_BYTES_MAX, OpenId, Status, VolumeId};
 use holdfast_shared::wire::link::{
-    Grant, Held, LinkBinding, RedeemResult, Redeemed, Registered, ToControl, ToDataplane, VERSION,
+    Held, LinkBinding, RedeemResult, Redeemed, Registered, ToControl, ToDataplane, VERSION,
 };
 use holdfast_shared::wire::service::{ServiceBlob, TransportKind};
 use holdfast_shared::wire::{from_cbor, to_cbor};
@@ -169,35 +169,9 @@ pub fn an_open(content: &[u8]) -> Open {
 /// Answers one bind as control does.
 pub fn redeem(link: &OwnedFd, open: &Open, binding: u64) {
     let ToControl::Redeem(redeem) = receive(link) else { panic!("no bind") };
-    let transcript = BindTranscript {
-        channel: &redeem.channel,
-        server_nonce: &redeem.server_nonce,
-        open_challenge: &open.challenge,
-        client_challenge: &redeem.client_challenge,
-        resume_key: &redeem.resume_key,
-        volume: open.volume,
-        access: redeem.access,
-        policy: redeem.policy,
-    }
-    .digest();
-    assert!(open.secret.client_proof_is_right(&transcript, &redeem.proof));
+    let transcript = open.proven(&redeem).expect("a right proof");
     assert_eq!(redeem.channel.transport, TransportKind::Tcp);
-    let (handle, epoch) = (HandleId([8; 16]), 1);
-    let answer =
-        BindAnswer { handle, epoch, access: redeem.access, policy: redeem.policy }.digest(&transcript);
-    let grant = Grant {
-        binding: LinkBinding(binding),
-        open: open.id,
-        handle,
-        epoch,
-        access: redeem.access,
-        policy: redeem.policy,
-        proof: open.secret.server_proof(&answer),
-        keys: open.secret.channel_keys(&answer),
-        rules: Vec::new(),
-        rules_version: 0,
-        transcript,
-    };
+    let grant = open.grant(&redeem, transcript, LinkBinding(binding), HandleId([8; 16]), 1);
     let result = RedeemResult::Granted(Box::new(grant));
     send(link, &ToDataplane::Redeemed(Redeemed { id: redeem.id, result }), Some(&open.file));
 }

@@ -1,4 +1,4 @@
-//! Safe wrapper round libibverbs and librdmacm, and the one memory module: all unsafe code of Holdfast.
+//! Safe wrapper round libibverbs and librdmacm, and the one memory module: the unsafe code of the data path.
 //!
 //! ```text
 //! memory/   Memory ─► Pool ─► Buffer     exclusive bytes, never exposed to a peer: &mut [u8]
@@ -19,7 +19,7 @@
 //! * A posted work request owns its memory until its completion, or until its queue pair is destroyed.
 //! * Drop logs and never panics. What could not be taken from the device is leaked on purpose.
 //! * Without an RDMA device [`Device::list`] is empty, and the memory module works all the same.
-// The workspace denies unsafe code. It is allowed in this crate, and in no other: talking to the device, mapping memory
+// The workspace denies unsafe code. It is allowed in this crate, and beside it only in `control/kernel`: talking to the device, mapping memory
 // and handing that memory to the kernel can't be done without. Every block names the facts that make it sound.
 #![allow(unsafe_code)]
 

@@ -200,7 +200,9 @@ impl Keyring {
         let mut secret = [0; 32];
         secret.copy_from_slice(plain);
         sealed.zeroize();
-        Ok(BindSecret::new(Secret::new(secret)))
+        let opened = BindSecret::new(Secret::new(secret));
+        secret.zeroize();
+        Ok(opened)
     }
 }
 

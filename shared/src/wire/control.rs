@@ -1,6 +1,6 @@
 //! Control messages: what a client and control say to each other inside TLS.
 //!
-//! Each message is a u32 little-endian length (at most [`CONTROL_MESSAGE_BYTES_MAX`]) and one CBOR map. A client
+//! Each message is a u32 little-endian length (at most [`CONTROL_MESSAGE_BYTES_MAX`]) and one CBOR array. A client
 //! may have several requests under way; the id pairs answers with them. The first request of a session is
 //! [`Request::Hello`].
 

@@ -1,8 +1,8 @@
 //! What travels: data-plane frames, control messages, link messages, the service blob.
 //!
 //! * [`data`]: fixed little-endian layouts (zerocopy), one frame per transport message.
-//! * [`control`], [`link`], [`service`]: CBOR (RFC 8949) maps with explicit numbers, so that a field may be
-//!   added without breaking the other side. The numbers are part of the protocol.
+//! * [`control`], [`link`], [`service`]: CBOR (RFC 8949) arrays whose places have explicit numbers, so that a field may be
+//!   added at the end without breaking the other side. The numbers are part of the protocol.
 //!
 //! Decoders never allocate more than the input's own length, and check lengths before they look inside.
 

@@ -22,8 +22,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-/// How long both planes may take to be ready at the first start.
-const READY_MAX: Duration = Duration::from_secs(60);
+/// How long the data plane may take to be ready once control is. Control has no such limit: it brings back every open of
+/// before, however many, and says how far it is.
+const DATAPLANE_READY_MAX: Duration = Duration::from_secs(60);
 
 /// A plane under watch.
 struct Watched {
@@ -64,6 +65,9 @@ pub(crate) async fn run(args: &Serve) -> anyhow::Result<()> {
     let mut dataplane = Watched::start(plane(args, &own, "dataplane")?, ready_sender);
     let started = tokio::select! {
         first = wait_ready(&mut ready, &mut dataplane, "dataplane", &mut latest, args.json) => Some(first),
+        () = tokio::time::sleep(DATAPLANE_READY_MAX) => Some(Err(anyhow::anyhow!(
+            "the data plane was not ready within {} s; see its log above", DATAPLANE_READY_MAX.as_secs()
+        ))),
         () = &mut asked_to_stop => None,
     };
     let result = match started {
@@ -123,9 +127,6 @@ async fn wait_ready(
             Err(error) => Err(error),
             Ok(()) => bail!("a plane stopped before it was ready"),
         },
-        () = tokio::time::sleep(READY_MAX) => {
-            bail!("a plane was not ready within {} s; see its log above", READY_MAX.as_secs())
-        }
     }
 }
 

@@ -40,21 +40,26 @@ impl MappedWord {
         unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().cast()) }
     }
 
-    /// The number now.
+    /// The number now. Whoever reads one sees what the thread that wrote it did before.
     pub fn read(&self) -> u64 {
-        u64::from_le(self.word().load(Ordering::Relaxed))
+        u64::from_le(self.word().load(Ordering::Acquire))
     }
 
     /// Makes it `number`, if it is lower.
     pub fn raise(&self, number: u64) {
         let higher = |old: u64| (u64::from_le(old) < number).then_some(number.to_le());
         // Refused if it is as high already.
-        let _ = self.word().fetch_update(Ordering::Relaxed, Ordering::Relaxed, higher);
+        let _ = self.word().fetch_update(Ordering::AcqRel, Ordering::Acquire, higher);
+    }
+
+    /// Makes it `number`, if it still is `old`. True if so.
+    pub fn replace(&self, old: u64, number: u64) -> bool {
+        self.word().compare_exchange(old.to_le(), number.to_le(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Makes it `number`.
     pub fn set(&self, number: u64) {
-        self.word().store(number.to_le(), Ordering::Relaxed);
+        self.word().store(number.to_le(), Ordering::Release);
     }
 }
 
@@ -80,6 +85,8 @@ mod tests {
         word.raise(0x0102_0304_0506_0708);
         word.raise(5);
         assert_eq!(content(&file), 0x0102_0304_0506_0708);
+        assert!(!word.replace(5, 6), "it is another by now");
+        assert!(word.replace(0x0102_0304_0506_0708, 7) && content(&file) == 7);
         word.set(5);
         assert_eq!(content(&file), 5);
         let again = MappedWord::map(&file).unwrap();
