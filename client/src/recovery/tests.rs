@@ -266,7 +266,7 @@ async fn an_open_dropped_while_the_server_is_away_is_closed_when_it_is_back() {
     peer.refuse(asked.id, Status::NotFound).await;
     let (id, resume) = peer.resume().await;
     assert_eq!(resume.resume_key, [1]);
-    peer.resumed(id, OPEN, Verdict::Unchanged, &[]).await;
+    peer.resumed_unheard(id, OPEN, Verdict::Unchanged, &[]).await;
     let asked = peer.next().await.unwrap();
     assert!(matches!(asked.request, Request::Close(OPEN)), "{:?}", asked.request);
 }
