@@ -13,7 +13,6 @@ use holdfast_client::{
 use holdfast_shared::auth::{BindSecret, ChannelIdentity, FrameKey, MacPolicy, Secret, SessionKey};
 use holdfast_shared::types::{Access, RegionDescriptor};
 use holdfast_shared::wire::data::{Flush, Io, Opcode};
-use std::time::{Duration, Instant};
 
 fn place(path: &str) -> Place {
     Place { volume: "data".into(), path: path.into() }

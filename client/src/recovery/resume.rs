@@ -20,9 +20,6 @@ use tokio::sync::Semaphore;
 /// An open that stays busy for so long has been taken over by another session of this client.
 const TAKEN_AFTER: Duration = Duration::from_secs(10);
 
-/// Least wait before a resume is tried again.
-const AGAIN_MIN: Duration = Duration::from_millis(5);
-
 /// A dropped open that the server may still have.
 pub(crate) struct Orphan {
     pub(crate) id: OpenId,
@@ -159,10 +156,9 @@ pub(crate) async fn autopsy(connection: &Arc<Connection>, key: &[u8]) -> Option<
 /// A place of `places` is taken for each attempt, and not while it waits for the next.
 pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>, places: &Semaphore) {
     let (mut backoff, mut busy_since) = (Backoff::control(), None);
-    let mut asked_to_wait = Duration::MAX;
+    let mut retry = None;
     loop {
-        // Not longer than the server says.
-        tokio::time::sleep(backoff.next().min(asked_to_wait)).await;
+        tokio::time::sleep(backoff.next_within(retry)).await;
         let place = places.acquire().await;
         // Not held while it waits: an open that is dropped meanwhile is closed.
         let Some((key, held_by, kept)) = open.upgrade().map(|open| open.to_resume(connection)) else {
@@ -186,9 +182,9 @@ pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>, p
             // It may succeed yet, behind our back: a session to supersede is clear, this is not.
             return connection.cut();
         }
-        asked_to_wait = match &error {
-            Error::Refused(refusal) => refusal.retry.map_or(Duration::MAX, |retry| retry.max(AGAIN_MIN)),
-            _ => Duration::MAX,
+        retry = match &error {
+            Error::Refused(refusal) => refusal.retry,
+            _ => None,
         };
         let busy = is_live_elsewhere(&error);
         let since: &mut Option<Instant> = &mut busy_since;

@@ -154,7 +154,7 @@ async fn soft_gives_up_and_goes_on_when_the_server_is_back() {
     let start = Instant::now();
     let (a, b) = tokio::join!(session.ping(), open.query_key());
     assert!(matches!(a, Err(Error::TimedOut { .. })) && matches!(b, Err(Error::TimedOut { .. })));
-    assert!(start.elapsed() >= Duration::from_millis(140) && start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() >= Duration::from_millis(150), "{:?}", start.elapsed());
     control.back().await;
     let mut peer = control.accept().await;
     let (id, _) = peer.resume().await;

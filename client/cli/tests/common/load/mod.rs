@@ -186,10 +186,14 @@ impl Load {
         }
     }
 
-    /// Waits until so many more requests are completed, of which some were begun after this call.
+    /// Waits until so many more requests are completed, and a write that was begun after this call: what is written through is
+    /// bound again.
     pub fn goes_on(&mut self, more: u64) {
-        let before = { self.ledger().phase.completions };
-        self.wait("it goes on", |ledger| ledger.phase.completions >= before + more);
+        let (before, start) = ({ self.ledger().phase.completions }, now());
+        let writes = self.plan.writers > 0;
+        self.wait("it goes on", |ledger| {
+            ledger.phase.completions >= before + more && (!writes || ledger.write_begun > start)
+        });
     }
 
     /// Kills the process, and takes in what it had told.
