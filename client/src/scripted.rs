@@ -245,8 +245,23 @@ impl Peer {
         (asked.id, resume)
     }
 
-    /// Grants a resume of the open.
+    /// Grants a resume of the open, and hears that the answer has come.
     pub(crate) async fn resumed(&mut self, id: u64, open: OpenId, verdict: Verdict, kept: &[HandleId]) {
+        self.resumed_unheard(id, open, verdict, kept).await;
+        let asked = self.next().await.unwrap();
+        assert!(matches!(asked.request, Request::QueryKey(heard) if heard == open), "{:?}", asked.request);
+        let epoch = u64::from(self.session.0[0]);
+        self.give(asked.id, Reply::Key(opened_as(open, epoch).key)).await;
+    }
+
+    /// Grants a resume of the open.
+    pub(crate) async fn resumed_unheard(
+        &mut self,
+        id: u64,
+        open: OpenId,
+        verdict: Verdict,
+        kept: &[HandleId],
+    ) {
         let epoch = u64::from(self.session.0[0]);
         let resumed = Resumed {
             opened: opened_as(open, epoch),

@@ -13,7 +13,7 @@ use rustix::net::SendFlags;
 use rustix::process::{Resource, Rlimit, getrlimit};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 #[test]
 fn the_process_serves_outlives_control_and_stops_cleanly() {
@@ -85,11 +85,9 @@ fn the_process_serves_outlives_control_and_stops_cleanly() {
     // A clean stop tells the clients.
     let mut client = connect(&ready);
     bind(&mut client, &link, &open, 4);
-    let begun = Instant::now();
     process.terminate();
     client.expect_end(Status::Unavailable);
     assert!(process.child.wait().unwrap().success());
-    assert!(begun.elapsed() < Duration::from_secs(3));
 }
 
 #[test]
@@ -133,13 +131,11 @@ fn child_that_loses_a_thread() {
 
 #[test]
 fn a_process_that_loses_a_thread_ends() {
-    let begun = Instant::now();
     let out = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child_that_loses_a_thread", "--ignored", "--nocapture"])
         .output()
         .unwrap();
     assert_eq!(out.status.code(), Some(holdfast_dataplane::fault::EXIT_CODE), "{out:?}");
-    assert!(begun.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use holdfast_shared::wire::data::Opcode;
 use holdfast_transport::memory::Faults;
 use holdfast_transport::{Kind, Listener, tcp};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// An engine with one buffer, and a client that holds it until its fetch is released.
 fn without_buffers() -> (Rig, Client, Faults) {
@@ -93,14 +93,12 @@ fn idle_peers_do_not_keep_others_out() {
         }
     });
     let idle: Vec<_> = (0..100).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
-    let begun = Instant::now();
     let parts = Client::parts();
     let channel = tcp::connect(address, Duration::from_secs(5), parts.setup()).unwrap();
     let mut client = Client::new(Box::new(channel), parts);
     client.hello();
     let binding = client.bind(&rig.open(b"abc")).unwrap();
     assert_eq!(client.read(binding, 0, 3), (Status::Ok, b"abc".to_vec()));
-    assert!(begun.elapsed() < Duration::from_secs(1));
     eventually("the idle are bounded", || rig.gauge("half_open_channels") <= 32);
     drop((idle, client));
     rig.wait_gauge("channels", 0);
@@ -114,12 +112,15 @@ fn a_peer_that_only_talks_makes_no_progress() {
     let (mut client, faults) = rig.client_and_faults();
     let binding = client.bind(&rig.open(&pattern(1000, 1))).unwrap();
     faults.hold(Kind::Fetch);
-    let begun = Instant::now();
-    while client.channel.ended().is_none() && begun.elapsed() < Duration::from_secs(3) {
+    // One request in 60 ms, and fewer than its credits.
+    for _ in 0..50 {
         client.send_io(Opcode::Write, binding, 0, 10, client.descriptor());
         std::thread::sleep(Duration::from_millis(60));
         client.pump();
+        if client.channel.ended().is_some() {
+            break;
+        }
     }
-    assert!(begun.elapsed() < Duration::from_secs(2), "it held its buffers by talking");
+    assert!(client.channel.ended().is_some(), "it held its buffers by talking");
     rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
 }

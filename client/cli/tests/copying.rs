@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{DEADLINE, Deployment, finish, pattern, signal};
+use common::{DEADLINE, Deployment, finish, freeze, pattern, signal, thaw};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -19,7 +19,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Starts a slow copy and waits until its bytes move.
+/// Starts a slow copy, waits until its bytes move, and stops it there: [`thaw`] lets it go on.
 fn under_way(server: &Deployment, from: &str, to: &str) -> Child {
     let moved = || {
         let gauges = server.gauges();
@@ -35,6 +35,8 @@ fn under_way(server: &Deployment, from: &str, to: &str) -> Child {
         assert!(start.elapsed() < DEADLINE, "the copy does not move");
         std::thread::sleep(Duration::from_millis(1));
     }
+    freeze(child.id());
+    assert!(moved() < before + LONG as u64, "the copy was over before it could be stopped");
     child
 }
 
@@ -57,6 +59,7 @@ fn a_source_cut_meanwhile_replaces_nothing() {
         std::fs::write(source, pattern(1, LONG)).unwrap();
         let child = under_way(&server, from, to);
         std::fs::File::options().write(true).open(source).unwrap().set_len(0).unwrap();
+        thaw(child.id());
         let output = finish(child);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains("changed size"), "{said}");
@@ -184,6 +187,7 @@ fn a_copy_survives_planes_that_are_killed() {
             let _ = std::fs::remove_file(&copy);
             let child = under_way(&server, from, to);
             server.kill(planes);
+            thaw(child.id());
             server.await_planes();
             let output = finish(child);
             let said = String::from_utf8_lossy(&output.stderr);
@@ -208,6 +212,7 @@ fn what_a_server_that_stays_away_leaves_behind_is_named() {
     std::fs::write(&local, pattern(2, LONG)).unwrap();
     let child = under_way(&server, text(&local), "data:/copy");
     server.stop();
+    thaw(child.id());
     let output = finish(child);
     let said = String::from_utf8_lossy(&output.stderr);
     // 6 if a write was under way, whose fate is unknown then; else 4.
@@ -226,6 +231,7 @@ fn an_interrupted_copy_leaves_nothing_behind() {
     for (from, to) in [(text(&local), "data:/copy"), ("data:/whole", text(&into.join("copy")))] {
         let child = under_way(&server, from, to);
         signal(child.id(), rustix::process::Signal::TERM);
+        thaw(child.id());
         let output = finish(child);
         assert!(!output.status.success());
         assert_eq!((parts(&server.volume()), parts(&into)), (0, 0));

@@ -100,10 +100,10 @@ fn in_the_steady_state_nothing_is_allocated_registered_or_asked_of_control() {
                     assert_eq!(*value, before[name], "{kind}: control was asked: {name}");
                 }
             }
-            // The one look between costs control a few calls; thousands of requests cost it none.
+            // The one look between costs control a few calls, and so does each second; thousands of requests cost it none.
             let made = (calls.0 - control_io.0) + (calls.1 - control_io.1);
             assert!(
-                made < 40,
+                made < requests / 10,
                 "{kind}: control made {made} reading and writing calls during {requests} requests"
             );
             assert!(ticks(server.control_pid) - control_ticks < 20, "{kind}: control was busy");
@@ -131,6 +131,7 @@ fn an_idle_server_uses_no_cpu() {
         let used = || (ticks(server.control_pid), ticks(server.dataplane_pid), ticks(std::process::id()));
         let (control, dataplane, client) = used();
         let wakeups = server.gauges()["dataplane.wakeups_total"];
+        let start = Instant::now();
         std::thread::sleep(Duration::from_secs(3));
         let woken = server.gauges()["dataplane.wakeups_total"] - wakeups;
         let (control_now, dataplane_now, client_now) = used();
@@ -142,7 +143,11 @@ fn an_idle_server_uses_no_cpu() {
             dataplane_now - dataplane
         );
         assert!(client_now - client <= 3, "{kind}: idle client used {} ticks", client_now - client);
-        assert!(woken <= 4, "{kind}: the workers of an idle server woke {woken} times in 3 s");
+        let seconds = start.elapsed().as_secs();
+        assert!(
+            woken <= seconds + 1,
+            "{kind}: the workers of an idle server woke {woken} times in {seconds} s"
+        );
         drop(held);
     }
 }
@@ -161,22 +166,27 @@ fn a_client_killed_in_the_middle_leaves_its_open_behind_and_nothing_else() {
             ("data:/big".into(), server.scratch("back").to_str().unwrap().into()),
         ] {
             let before = server.gauges();
-            let child = server
-                .holdfast(&["cp", "--transport", kind, &from, &to])
-                .stdout(std::process::Stdio::null())
-                .stderr(std::process::Stdio::null())
-                .spawn()
-                .unwrap();
             let moved = |g: &std::collections::BTreeMap<String, u64>| {
                 g["dataplane.bytes_read_total"] + g["dataplane.bytes_written_total"]
             };
-            let start = Instant::now();
-            while moved(&server.gauges()) < moved(&before) + (8 << 20) {
-                assert!(start.elapsed() < common::DEADLINE, "{kind}: the copy does not move");
-                std::thread::sleep(Duration::from_millis(2));
+            // One that was through before it could be killed is started again.
+            loop {
+                let child = server
+                    .holdfast(&["cp", "--chunk", "16384", "--transport", kind, &from, &to])
+                    .stdout(std::process::Stdio::null())
+                    .stderr(std::process::Stdio::null())
+                    .spawn()
+                    .unwrap();
+                let (start, begun) = (Instant::now(), moved(&server.gauges()));
+                while moved(&server.gauges()) < begun + (8 << 20) {
+                    assert!(start.elapsed() < common::DEADLINE, "{kind}: the copy does not move");
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                signal(child.id(), rustix::process::Signal::KILL);
+                if !finish(child).status.success() {
+                    break;
+                }
             }
-            signal(child.id(), rustix::process::Signal::KILL);
-            assert!(!finish(child).status.success(), "{kind}: killed in the middle");
             // What it had open is kept for it. Nobody will resume it here: the operator ends it.
             server.until(&format!("{kind}: its session is lost"), |g| g["control.sessions"] == 0);
             let kept = server.ids(&["--state", "detached"]);

@@ -167,6 +167,7 @@ impl Inner {
         }
         self.locks.executed(resumed.lock_sequence);
         self.tell(resumed.verdict, resumed.locks_kept);
+        connection.say_heard(self.id);
         // Last: whoever waits for it finds all of the above.
         self.attach(connection);
     }

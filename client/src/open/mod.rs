@@ -153,6 +153,7 @@ impl Open {
         open.inner.locks.executed(resumed.lock_sequence);
         open.inner.shut_if_changed(resumed.verdict);
         open.inner.tell(resumed.verdict, resumed.locks_kept);
+        on.say_heard(open.id());
         session.inner.register(&open.inner, on);
         Resumed { open, verdict: resumed.verdict, locks_kept: resumed.locks_kept, kept: resumed.kept }
     }

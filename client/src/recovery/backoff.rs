@@ -17,6 +17,8 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     pub(crate) const MAX: Duration = Duration::from_secs(1);
+    /// Whatever a server asks for.
+    const LEAST: Duration = Duration::from_millis(5);
 
     /// For control: 10 ms, doubling at once.
     pub(crate) fn control() -> Self {
@@ -31,6 +33,12 @@ impl Backoff {
     /// Begins anew.
     pub(crate) fn reset(&mut self) {
         self.made = 0;
+    }
+
+    /// As [`Backoff::next`], but no longer than the server has asked for.
+    pub(crate) fn next_within(&mut self, asked: Option<Duration>) -> Duration {
+        let wait = self.next();
+        asked.map_or(wait, |asked| wait.min(asked.max(Self::LEAST)))
     }
 
     /// What to wait before the next attempt.
@@ -107,6 +115,15 @@ mod tests {
             backoff.next();
         }
         assert!(backoff.next() > Backoff::MAX / 2);
+    }
+
+    #[test]
+    fn nobody_waits_longer_than_the_server_asks_for() {
+        let mut backoff = Backoff { made: 20, ..Backoff::control() };
+        assert!(backoff.next_within(None) > Duration::from_millis(700));
+        assert_eq!(backoff.next_within(Some(Duration::from_millis(50))), Duration::from_millis(50));
+        assert_eq!(backoff.next_within(Some(Duration::ZERO)), Backoff::LEAST);
+        assert!(backoff.next_within(Some(Duration::from_secs(60))) <= Backoff::MAX);
     }
 
     #[test]

@@ -156,8 +156,9 @@ pub(crate) async fn autopsy(connection: &Arc<Connection>, key: &[u8]) -> Option<
 /// A place of `places` is taken for each attempt, and not while it waits for the next.
 pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>, places: &Semaphore) {
     let (mut backoff, mut busy_since) = (Backoff::control(), None);
+    let mut retry = None;
     loop {
-        tokio::time::sleep(backoff.next()).await;
+        tokio::time::sleep(backoff.next_within(retry)).await;
         let place = places.acquire().await;
         // Not held while it waits: an open that is dropped meanwhile is closed.
         let Some((key, held_by, kept)) = open.upgrade().map(|open| open.to_resume(connection)) else {
@@ -181,6 +182,10 @@ pub(super) async fn keep(open: &Weak<OpenInner>, connection: &Arc<Connection>, p
             // It may succeed yet, behind our back: a session to supersede is clear, this is not.
             return connection.cut();
         }
+        retry = match &error {
+            Error::Refused(refusal) => refusal.retry,
+            _ => None,
+        };
         let busy = is_live_elsewhere(&error);
         let since: &mut Option<Instant> = &mut busy_since;
         let taken = busy && since.get_or_insert_with(Instant::now).elapsed() > TAKEN_AFTER;

@@ -154,7 +154,7 @@ async fn soft_gives_up_and_goes_on_when_the_server_is_back() {
     let start = Instant::now();
     let (a, b) = tokio::join!(session.ping(), open.query_key());
     assert!(matches!(a, Err(Error::TimedOut { .. })) && matches!(b, Err(Error::TimedOut { .. })));
-    assert!(start.elapsed() >= Duration::from_millis(140) && start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() >= Duration::from_millis(150), "{:?}", start.elapsed());
     control.back().await;
     let mut peer = control.accept().await;
     let (id, _) = peer.resume().await;
@@ -266,7 +266,7 @@ async fn an_open_dropped_while_the_server_is_away_is_closed_when_it_is_back() {
     peer.refuse(asked.id, Status::NotFound).await;
     let (id, resume) = peer.resume().await;
     assert_eq!(resume.resume_key, [1]);
-    peer.resumed(id, OPEN, Verdict::Unchanged, &[]).await;
+    peer.resumed_unheard(id, OPEN, Verdict::Unchanged, &[]).await;
     let asked = peer.next().await.unwrap();
     assert!(matches!(asked.request, Request::Close(OPEN)), "{:?}", asked.request);
 }

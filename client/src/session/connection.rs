@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::error::{Ended, Error, Refusal, Result};
 use crate::tls;
 use holdfast_shared::auth::SessionKey;
-use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, ProcessId, SessionId};
+use holdfast_shared::types::{CONTROL_MESSAGE_BYTES_MAX, OpenId, ProcessId, SessionId};
 use holdfast_shared::wire::control::{
     Hello, Reply, ReplyMessage, Request, RequestMessage, Resumed, VERSION, Welcome,
 };
@@ -243,6 +243,12 @@ impl Connection {
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else { return false };
         let Ok(slot) = self.outgoing.try_reserve() else { return false };
         self.hand_over(request, oneshot::channel().0, place, slot).is_ok()
+    }
+
+    /// Shows the server that the answer to a resume has come: any request does that names the open. Until then the server must
+    /// count on the verdict being lost, and tell the next one for the worse. Without room for it others come that do.
+    pub(crate) fn say_heard(self: &Arc<Self>, open: OpenId) {
+        self.call_and_forget(Request::QueryKey(open));
     }
 
     /// Gives a request a number and to the writer, and notes who waits for the reply.

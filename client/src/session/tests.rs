@@ -209,7 +209,7 @@ async fn a_resume_that_nobody_waits_for_any_more_is_found_by_the_next() {
         _ = session.resume(b"key", &options) => panic!("it was not answered"),
         (asked, _) = peer.resume() => asked,
     };
-    peer.resumed(asked, id, crate::Verdict::Unchanged, &[]).await;
+    peer.resumed_unheard(asked, id, crate::Verdict::Unchanged, &[]).await;
     let (ping, ()) = tokio::join!(session.ping(), async {
         let asked = peer.next().await.unwrap();
         assert!(matches!(asked.request, Request::Ping), "{:?}", asked.request);

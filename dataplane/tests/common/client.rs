@@ -122,7 +122,7 @@ impl Client {
     }
 
     fn receive(&mut self) -> Option<Msg> {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(30);
         let mut rounds = 0u32;
         loop {
             self.pump();

@@ -22,6 +22,9 @@ use crate::types::{Access, HandleId, OpenId, SessionId, Status, Verdict};
 use crate::wire::control::{Refusal, Reply, Resume, Resumed};
 use std::collections::BTreeSet;
 
+/// When to ask again for an open that is being resumed, ms.
+const RESUME_RETRY_MS: u64 = 50;
+
 /// Which open a repeated open request is about.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ReplayOf(pub(super) OpenId);
@@ -110,7 +113,11 @@ impl Authority {
             Life::Active if supersede != open.session => {
                 return busy("the open is live in another session");
             }
-            Life::Detached { resume: Some(_), .. } => return busy("the open is being resumed"),
+            // That is a matter of a moment; then it is live, and it can be said where.
+            Life::Detached { resume: Some(_), .. } => {
+                let words = "the open is being resumed";
+                return Err(Refusal { retry_ms: Some(RESUME_RETRY_MS), ..refusal(Status::Busy, words) });
+            }
             Life::Active => open.session,
             Life::Detached { .. } => None,
             Life::Closing { .. } => return Err(refusal(Status::BadKey, "")),

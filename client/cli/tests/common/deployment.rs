@@ -309,6 +309,16 @@ impl Deployment {
         self.kill([true, true]);
     }
 
+    /// Stops `serve`: a plane that is killed now stays away until [`Deployment::thaw_serve`].
+    pub fn freeze_serve(&self) {
+        super::freeze(self.serve.as_ref().expect("running").id());
+    }
+
+    /// Lets `serve` go on.
+    pub fn thaw_serve(&self) {
+        super::thaw(self.serve.as_ref().expect("running").id());
+    }
+
     /// Waits until every plane that was killed is ready again.
     pub fn await_planes(&mut self) {
         for (plane, name) in PLANES.into_iter().enumerate() {
@@ -384,6 +394,7 @@ impl Deployment {
 impl Drop for Deployment {
     fn drop(&mut self) {
         if let Some(child) = self.serve.take() {
+            super::thaw(child.id());
             signal(child.id(), rustix::process::Signal::TERM);
             let output = finish(child);
             if std::thread::panicking() {

@@ -60,6 +60,37 @@ pub fn signal(pid: u32, signal: rustix::process::Signal) {
     let _ = rustix::process::kill_process(pid, signal);
 }
 
+/// Stops a process, and returns when each of its threads stands still.
+pub fn freeze(pid: u32) {
+    signal(pid, rustix::process::Signal::STOP);
+    let start = std::time::Instant::now();
+    let stands = || {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+        let stats = threads.flatten().filter_map(|t| std::fs::read_to_string(t.path().join("stat")).ok());
+        stats
+            .into_iter()
+            .all(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 'Z', 'X'])))
+    };
+    while !stands() {
+        assert!(start.elapsed() < DEADLINE, "process {pid} cannot be stopped");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits until nothing is left of a process that was killed and whose parent looks after it.
+pub fn until_gone(pid: u32) {
+    let start = std::time::Instant::now();
+    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        assert!(start.elapsed() < DEADLINE, "process {pid} does not go");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Lets a process go on that was stopped.
+pub fn thaw(pid: u32) {
+    signal(pid, rustix::process::Signal::CONT);
+}
+
 /// Waits for a child, killing it at the deadline.
 pub fn finish(child: Child) -> Output {
     let pid = child.id();

@@ -61,6 +61,47 @@ async fn a_lock_under_way_is_settled_by_its_number_though_the_file_was_changed()
 }
 
 #[tokio::test]
+async fn a_lock_that_was_granted_is_held_though_the_file_was_changed() {
+    let (mut control, mut peer, _session, open) = opened(|_| ()).await;
+    let locks = [item()];
+    let (locked, _peer) = tokio::join!(open.lock(&locks, LockOptions::default()), async {
+        peer.next().await.unwrap();
+        let mut peer = lose(&mut control, peer, Verdict::Changed).await;
+        let again = peer.next().await.unwrap();
+        assert_eq!(sequence(&again), 1);
+        peer.give(again.id, Reply::Done).await;
+        peer
+    });
+    locked.unwrap();
+    assert!(
+        matches!(open.lock(&locks, LockOptions::default()).await, Err(Error::Changed)),
+        "no other is asked"
+    );
+}
+
+#[tokio::test]
+async fn a_lock_refused_after_a_change_that_was_accepted_is_asked_anew() {
+    let (mut control, mut peer, _session, open) = opened(|_| ()).await;
+    let locks = [item()];
+    let options = LockOptions { owner: 7, wait: Some(SOON) };
+    let (locked, _peer) = tokio::join!(open.lock(&locks, options), async {
+        peer.next().await.unwrap();
+        let mut peer = lose(&mut control, peer, Verdict::Changed).await;
+        let again = peer.next().await.unwrap();
+        assert!(open.accept_change());
+        peer.refuse(again.id, Status::LockNotGranted).await;
+        let anew = peer.next().await.unwrap();
+        assert!(
+            matches!(&anew.request, Request::Lock(lock) if lock.sequence == 2 && lock.wait_ms.is_some()),
+            "{anew:?}"
+        );
+        peer.give(anew.id, Reply::Done).await;
+        peer
+    });
+    locked.unwrap();
+}
+
+#[tokio::test]
 async fn lck_07_a_waiting_lock_is_taken_back_by_dropping_or_by_name() {
     let (_control, mut peer, _session, open) = opened(|_| ()).await;
     let options = LockOptions { owner: 7, wait: Some(SOON) };

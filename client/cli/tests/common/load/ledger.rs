@@ -34,6 +34,8 @@ pub struct Ledger {
     pub acked: Vec<u64>,
     pub issued: Vec<u64>,
     pub writes: u64,
+    /// When the latest of the acknowledged writes was begun, ns.
+    pub write_begun: u64,
     pub reads: u64,
     pub flushes: u64,
     pub raised: u64,
@@ -72,6 +74,7 @@ impl Ledger {
             "w" => {
                 blocks().for_each(|b| self.acked[b] = number(3));
                 self.writes += 1;
+                self.write_begun = self.write_begun.max(number(4));
                 self.completed(number(4), number(5));
             }
             "r" => {

@@ -18,9 +18,11 @@ pub use child::{now, run_if_asked};
 pub use ledger::{Ledger, Phase};
 
 use super::{DEADLINE, Deployment, finish, signal};
+use rustix::event::{PollFd, PollFlags, poll};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -93,8 +95,39 @@ pub struct Load {
     pub plan: Plan,
     child: Option<Child>,
     stdin: Option<ChildStdin>,
-    told: Arc<(Mutex<Ledger>, Condvar)>,
+    told: Told,
+    /// A second descriptor of the pipe, to see whether it is empty.
+    pipe: Option<OwnedFd>,
     reader: Option<std::thread::JoinHandle<()>>,
+}
+
+type Told = Arc<(Mutex<Ledger>, Condvar)>;
+
+/// Takes in what a load tells, until it ends. The ledger is locked from before something leaves the pipe until it is written
+/// down: who has the lock and finds the pipe empty knows all that was told.
+fn take_in(mut pipe: ChildStdout, told: &Told) {
+    let mut bytes = Vec::new();
+    loop {
+        let mut ready = [PollFd::new(&pipe, PollFlags::IN)];
+        match poll(&mut ready, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => panic!("cannot wait for a load's words: {error}"),
+        }
+        let mut ledger = told.0.lock().unwrap();
+        let mut chunk = [0; 16 << 10];
+        let read = pipe.read(&mut chunk).unwrap();
+        if read == 0 {
+            return;
+        }
+        bytes.extend_from_slice(&chunk[..read]);
+        while let Some(end) = bytes.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = bytes.drain(..=end).collect();
+            ledger.line(&String::from_utf8_lossy(&line[..end]));
+        }
+        drop(ledger);
+        told.1.notify_all();
+    }
 }
 
 impl Load {
@@ -102,7 +135,7 @@ impl Load {
     pub fn start(plan: Plan) -> Self {
         let ledger = Ledger::new(plan.all_blocks());
         let told = Arc::new((Mutex::new(ledger), Condvar::new()));
-        let mut load = Self { plan, child: None, stdin: None, told, reader: None };
+        let mut load = Self { plan, child: None, stdin: None, told, pipe: None, reader: None };
         load.spawn();
         load.wait("the load is ready", |ledger| ledger.ready);
         load
@@ -117,14 +150,10 @@ impl Load {
             .spawn()
             .unwrap();
         self.stdin = child.stdin.take();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let pipe = child.stdout.take().unwrap();
+        self.pipe = Some(rustix::io::dup(&pipe).unwrap());
         let told = Arc::clone(&self.told);
-        self.reader = Some(std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                told.0.lock().unwrap().line(&line);
-                told.1.notify_all();
-            }
-        }));
+        self.reader = Some(std::thread::spawn(move || take_in(pipe, &told)));
         self.child = Some(child);
     }
 
@@ -157,10 +186,14 @@ impl Load {
         }
     }
 
-    /// Waits until so many more requests are completed, of which some were begun after this call.
+    /// Waits until so many more requests are completed, and a write that was begun after this call: what is written through is
+    /// bound again.
     pub fn goes_on(&mut self, more: u64) {
-        let before = { self.ledger().phase.completions };
-        self.wait("it goes on", |ledger| ledger.phase.completions >= before + more);
+        let (before, start) = ({ self.ledger().phase.completions }, now());
+        let writes = self.plan.writers > 0;
+        self.wait("it goes on", |ledger| {
+            ledger.phase.completions >= before + more && (!writes || ledger.write_begun > start)
+        });
     }
 
     /// Kills the process, and takes in what it had told.
@@ -197,26 +230,25 @@ impl Load {
         assert!(status.success(), "load {}: {status}", self.plan.load);
     }
 
-    /// Stops the process where it is; [`Load::thaw`] lets it go on.
+    /// Stops the process where it is, and takes in all that it has told; [`Load::thaw`] lets it go on.
     pub fn freeze(&self) {
-        signal(self.pid(), rustix::process::Signal::STOP);
+        super::freeze(self.pid());
+        let start = Instant::now();
+        while !self.has_told_all() {
+            assert!(start.elapsed() < DEADLINE, "a stopped load goes on telling");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn thaw(&self) {
         signal(self.pid(), rustix::process::Signal::CONT);
     }
 
-    /// Takes in all that a stopped load has told.
-    pub fn drain(&self) {
-        let mut before = u64::MAX;
-        loop {
-            let now = { self.ledger().lines };
-            if now == before {
-                return;
-            }
-            before = now;
-            std::thread::sleep(Duration::from_millis(50));
-        }
+    /// True if nothing that was told is still on its way here.
+    fn has_told_all(&self) -> bool {
+        let _ledger = self.ledger();
+        let pipe = self.pipe.as_ref().expect("running");
+        rustix::io::ioctl_fionread(pipe).unwrap() == 0
     }
 
     /// Checks the file beside the server: every block is whole, and as new as the ledger says.
