@@ -12,7 +12,7 @@ impl LockTable {
     /// # Panics
     /// If something does not: that is our bug.
     pub fn check_invariants(&self) {
-        let mut waiters = 0;
+        let (mut waiters, mut held) = (0, 0);
         for (identity, file) in &self.files {
             assert!(!file.is_empty(), "{identity:?} is kept for nothing");
             file.check_held();
@@ -22,8 +22,10 @@ impl LockTable {
                 assert_eq!(check_batch(&LockLimits::NONE, &waiter.owner, &waiter.items), Ok(()));
             }
             waiters += file.queue.len();
+            held += file.total;
         }
         assert_eq!(self.waiters.len(), waiters, "every id known is one of a waiter");
+        assert_eq!(self.held, held, "the sum is that of all files");
     }
 }
 
