@@ -9,6 +9,8 @@
 //! removed one, which no handle finds again. What comes back is taken for an open only if it is the recorded file, opened as
 //! the open wants it.
 //!
+//! A descriptor for which a slow supervisor has no time is not kept by it: the file's handle finds the file again.
+//!
 //! A thread of its own talks to the socket, so that a slow supervisor holds up nobody.
 
 use rustix::net::{
@@ -21,8 +23,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel};
+
+/// Descriptors that may wait to be told: each is one more that this process has open.
+const WAITING_MAX: usize = 256;
 
 /// One message.
 struct Message(String, Option<OwnedFd>);
@@ -36,6 +41,8 @@ struct Inner {
     messages: Sender<Message>,
     generation: u64,
     last: AtomicU64,
+    /// Descriptors on their way.
+    waiting: Arc<AtomicUsize>,
     /// We stop: what is kept stays kept, for the next start.
     keeps_all: AtomicBool,
 }
@@ -71,10 +78,15 @@ impl Store {
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
         connect(&socket, &to)?;
         let (messages, queue) = channel::<Message>();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let told = Arc::clone(&waiting);
         std::thread::Builder::new().name("notify".into()).spawn(move || {
             for Message(text, descriptor) in queue {
                 if let Err(error) = send(&socket, &text, descriptor.as_ref()) {
                     tracing::debug!(%error, text, "the supervisor does not listen");
+                }
+                if descriptor.is_some() {
+                    told.fetch_sub(1, Relaxed);
                 }
             }
         })?;
@@ -82,6 +94,7 @@ impl Store {
             messages,
             generation,
             last: AtomicU64::new(0),
+            waiting,
             keeps_all: AtomicBool::new(false),
         }))))
     }
@@ -97,9 +110,13 @@ impl Store {
         self.say("STOPPING=1".into(), None);
     }
 
-    /// Has the supervisor keep a duplicate; `None` if there is no room for one.
+    /// Has the supervisor keep a duplicate; `None` if there is no room for one, or [`WAITING_MAX`] wait already.
     pub fn keep(&self, descriptor: &OwnedFd) -> Option<Stored> {
+        if self.0.waiting.load(Relaxed) >= WAITING_MAX {
+            return None;
+        }
         let duplicate = descriptor.try_clone().ok()?;
+        self.0.waiting.fetch_add(1, Relaxed);
         let name = format!("open-{}-{}", self.0.generation, self.0.last.fetch_add(1, Relaxed));
         self.say(format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"), Some(duplicate));
         Some(self.kept(name))
@@ -125,4 +142,29 @@ fn send(socket: &OwnedFd, text: &str, descriptor: Option<&OwnedFd>) -> std::io::
     }
     sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn a_supervisor_that_does_not_listen_costs_a_bounded_number_of_descriptors() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let supervisor = UnixDatagram::bind(&path).unwrap();
+        let store = Store::connect(Some(path.as_os_str()), 1).unwrap().unwrap();
+        let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        // Not read yet: the socket takes some, then the thread waits.
+        let kept: Vec<_> = std::iter::from_fn(|| store.keep(&file)).take(100_000).collect();
+        assert!((WAITING_MAX..100_000).contains(&kept.len()), "{} were kept", kept.len());
+        // Read: there is room again.
+        std::thread::spawn(move || while supervisor.recv(&mut [0; 256]).is_ok() {});
+        let start = std::time::Instant::now();
+        while store.keep(&file).is_none() {
+            assert!(start.elapsed().as_secs() < 60, "never room again");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
 }
