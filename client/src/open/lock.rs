@@ -171,7 +171,8 @@ impl Open {
     /// # Errors
     /// [`Status::LockNotGranted`] if another open's lock is in the way (for longer than `wait`); [`Status::Busy`] if
     /// that open is detached, with the time it is still kept; [`Status::Cancelled`] after [`Open::cancel_locks`];
-    /// [`Error::Changed`], [`Error::Gone`].
+    /// [`Error::Changed`], [`Error::Gone`]. After [`Error::TimedOut`] (a connected server that does not answer) the locks may be
+    /// granted yet: who does not ask again unlocks them.
     ///
     /// ```no_run
     /// # async fn example(open: holdfast_client::Open) -> holdfast_client::Result<()> {
