@@ -174,7 +174,7 @@ fn key_02_proofs_are_good_for_what_they_were_made_for() {
     run(async {
         let (mine, theirs) = (connect(&server).await, connect_as(&server, "other").await);
         let (one, two) = (open(&mine, "one", &rw()).await, open(&mine, "two", &rw()).await);
-        let foreign = open(&theirs, "one", &rw()).await;
+        let foreign = open(&theirs, "one", &OpenOptions::read()).await;
         let (grant, secret) = (one.grant(), one.bind_secret());
         let attempt = |claim: &dyn for<'a> Fn(Claim<'a>, &'a [[u8; 32]; 1]) -> Claim<'a>| {
             let mut raw = Raw::connect("tcp", &grant);
