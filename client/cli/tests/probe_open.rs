@@ -198,6 +198,9 @@ fn opn_06_a_create_id_names_one_open() {
         assert!(!server.volume().join("elsewhere").exists());
         // Another principal's create ids are its own.
         assert_eq!(tried(&theirs, "file", &asked).await, Some(Status::Exists));
+        // Its client is gone: else that would resume the open by itself, and one of the two would be told so.
+        mine.detach().await;
+        until_state(&server, first.id(), &["detached"]);
         server.kill_control();
         server.await_planes();
         let later = connect(&server).await;
