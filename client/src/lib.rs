@@ -40,8 +40,8 @@ pub use session::Session;
 
 pub use holdfast_shared::auth::MacPolicy;
 pub use holdfast_shared::types::{
-    Access, Disposition, FileTime, GoneReason, HandleId, HoldClass, LockItem, LockKind, LockRange, OpenId,
-    ProcessId, SessionId, ShareMode, Status, Verdict,
+    Access, CreateId, Disposition, FileTime, GoneReason, HandleId, HoldClass, LockItem, LockKind, LockRange,
+    OpenId, ProcessId, SessionId, ShareMode, Status, Verdict,
 };
 pub use holdfast_shared::wire::control::{
     Attributes, Entry, FileKind, KeyGrant, Place, VolumeInfo, VolumeStatus,

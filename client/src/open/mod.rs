@@ -95,7 +95,11 @@ impl Session {
     /// one does, with the time it is kept; [`Status::Unavailable`] if a server that was restarted does not become ready for
     /// as long as a connection may take.
     pub async fn open(&self, place: &Place, options: &OpenOptions) -> Result<Open> {
-        let request = options.request(CreateId::from_random(crate::random()?), place);
+        let create_id = match options.wanted_create_id() {
+            Some(id) => id,
+            None => CreateId::from_random(crate::random()?),
+        };
+        let request = options.request(create_id, place);
         // A server that has just restarted asks for patience while it makes sure of its data plane. The create id makes the
         // repeated request the same one.
         let deadline = Instant::now() + self.config().connect_max();

@@ -24,6 +24,7 @@ pub struct OpenOptions {
     wait: Option<Duration>,
     delete_on_close: bool,
     process: Option<ProcessId>,
+    create_id: Option<CreateId>,
 }
 
 impl OpenOptions {
@@ -38,6 +39,7 @@ impl OpenOptions {
             wait: None,
             delete_on_close: false,
             process: None,
+            create_id: None,
         }
     }
 
@@ -114,6 +116,21 @@ impl OpenOptions {
     pub fn process(mut self, process: ProcessId) -> Self {
         self.process = Some(process);
         self
+    }
+
+    /// Opens under this create id, instead of one of this request's own. For a program that stored it before it asked, and was
+    /// ended before it stored the resume key: the same request under the same id gives the same open, and never a second
+    /// one; it is taken from the session that has it, as by a superseding resume, but without a verdict. Other
+    /// parameters are refused as [`crate::Status::DuplicateCreate`].
+    #[must_use]
+    pub fn create_id(mut self, id: CreateId) -> Self {
+        self.create_id = Some(id);
+        self
+    }
+
+    /// The id asked for.
+    pub(super) fn wanted_create_id(&self) -> Option<CreateId> {
+        self.create_id
     }
 
     /// How much longer than usual an answer may take.

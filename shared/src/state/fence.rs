@@ -11,7 +11,7 @@
 
 use super::operation::Stage;
 use super::table::{Ending, Life, Step};
-use super::{Asker, Authority, Effect, FileIdentity, Inspected, Work};
+use super::{Asker, Authority, Effect, FileIdentity, Inspected, Located, Work};
 use crate::journal::record::{Record, TombstoneRecord};
 use crate::types::{OpenId, Status, Timestamp};
 use crate::wire::control::{Refusal, Reply};
@@ -200,7 +200,7 @@ impl Authority {
         let identity = open.identity;
         let own = open.request.delete_on_close.then(|| open.at.clone());
         let Some(of_file) = self.opens.of_file_mut(identity) else { return false };
-        if own.is_some() {
+        if of_file.remove.is_none() {
             of_file.remove = own;
         }
         let alone = of_file.all.len() == 1;
@@ -213,6 +213,27 @@ impl Authority {
         // All that let go of the file is durable before its name goes.
         self.defer_all(Effect::Perform { operation, work: Work::Remove(at, identity) }, effects);
         true
+    }
+
+    /// A file was renamed: if an open of it asked for the name's removal, it is the new name that goes.
+    pub(super) fn move_removal(
+        &mut self,
+        file: FileIdentity,
+        from: &Located,
+        to: Located,
+        effects: &mut Vec<Effect>,
+    ) {
+        let asked = self.opens.on(file).any(|(_, open)| open.request.delete_on_close && open.at == *from);
+        let Some(of_file) = self.opens.of_file_mut(file) else { return };
+        if !of_file.remove.as_ref().map_or(asked, |remove| remove == from) {
+            return;
+        }
+        of_file.remove = Some(to);
+        // With every open: an earlier record of any of them may have the old name.
+        let stay = self.opens.on(file).filter(|(_, open)| !open.is_closing() && !self.journal.full);
+        for id in stay.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.persist_open(id, effects);
+        }
     }
 
     /// An open that asked for the name's removal goes before others of the file: the journal has that with one that is left.

@@ -6,6 +6,7 @@
 //!
 //! ```text
 //!  Remove, Rename ─► Resolve: which files? ─► claims ─► Perform, if the names still stand for them ─► answer
+//!  mode, times, by name ─► Resolve ─► marks ─► Perform ─► answer
 //!  size, by name  ─► OpenFile               ─► claim  ─► Perform on the descriptor ─► CloseFile, answer
 //! ```
 
@@ -23,6 +24,7 @@ use std::sync::Arc;
 pub(super) enum NameChange {
     Remove(Located, Place),
     Rename { from: Located, to: Located, asked: control::Rename },
+    Attributes(Located, Changes),
 }
 
 impl Authority {
@@ -80,6 +82,19 @@ impl Authority {
             Ok(found) => found,
             Err(refused) => return asker.refuse(refused, effects),
         };
+        if let NameChange::Attributes(at, changes) = change {
+            let Some(file) = found.first().copied().flatten() else {
+                return asker.refuse(refusal(Status::NotFound, ""), effects);
+            };
+            self.mark_others(file, None, effects);
+            self.operations.insert(id, Operation { asker, principal, stage: Stage::Plain });
+            let work = Work::SetAttributes(Subject::Name(at), changes);
+            return self.defer_all(Effect::Perform { operation: id, work }, effects);
+        }
+        let moved = match &change {
+            NameChange::Rename { from, to, .. } => Some((from.clone(), to.clone())),
+            _ => None,
+        };
         let (work, claims, request) = match names_work(change, &found) {
             Ok(named) => named,
             Err(refused) => return asker.refuse(refused, effects),
@@ -103,7 +118,8 @@ impl Authority {
             self.shares.enter(*file, *access, *share);
             self.mark_others(*file, None, effects);
         }
-        self.operations.insert(id, Operation { asker, principal, stage: Stage::ChangingNames(claims) });
+        self.operations
+            .insert(id, Operation { asker, principal, stage: Stage::ChangingNames(claims, moved) });
         self.defer_all(Effect::Perform { operation: id, work }, effects);
     }
 
@@ -150,6 +166,7 @@ impl Authority {
                     }
                 }
                 let operation = self.start(asker, Stage::Altering(id))?;
+                self.mark_others(identity, Some(id), effects);
                 self.begin_work(id);
                 let work = Work::SetAttributes(Subject::File(file), changes);
                 self.defer_all(Effect::Perform { operation, work }, effects);
@@ -158,8 +175,10 @@ impl Authority {
             Target::Path(place) => {
                 let at = self.locate_name(asker, &place)?;
                 if changes.size.is_none() {
-                    let work = Work::SetAttributes(Subject::Name(at), changes);
-                    return self.perform(asker, work, Stage::Plain, effects);
+                    let stage = Stage::Resolving(NameChange::Attributes(at.clone(), changes));
+                    let operation = self.start(asker, stage)?;
+                    effects.push(Effect::Resolve { operation, names: vec![at] });
+                    return Ok(());
                 }
                 self.know_all_bindings()?;
                 let operation = self.start(asker, Stage::OpeningForChange(changes, Box::new(set)))?;
@@ -226,6 +245,7 @@ fn names_work(
     let mut claims: Vec<Claim> = vec![(source, Access::DELETE, ShareMode::ALL)];
     claims.extend(target.filter(|t| *t != source).map(|t| (t, Access::DELETE, ShareMode::ALL)));
     Ok(match change {
+        NameChange::Attributes(..) => return Err(refusal(Status::Internal, "")),
         NameChange::Remove(at, place) => (Work::Remove(at, source), claims, Request::Remove(place)),
         NameChange::Rename { asked, .. } if asked.no_replace && target.is_some() => {
             return Err(refusal(Status::Exists, ""));

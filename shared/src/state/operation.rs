@@ -4,7 +4,8 @@ use super::open::Opening;
 use super::resume::ReplayOf;
 use super::table::FileId;
 use super::{
-    Asker, Authority, Changes, Effect, FileIdentity, Fresh, Inspected, Work, names::NameChange, refusal,
+    Asker, Authority, Changes, Effect, FileIdentity, Fresh, Inspected, Located, Work, names::NameChange,
+    refusal,
 };
 use crate::types::{Access, Evidence, GoneReason, OpenId, ShareMode, Status};
 use crate::wire::control::{Attributes, Refusal, Reply};
@@ -39,8 +40,8 @@ pub(super) enum Stage {
     Changing(FileId, Claim),
     /// It is being found out which files are concerned.
     Resolving(NameChange),
-    /// Names are being changed.
-    ChangingNames(Vec<Claim>),
+    /// Names are being changed; of a rename, from where to where.
+    ChangingNames(Vec<Claim>, Option<(Located, Located)>),
     /// The baseline of a detached open is being taken.
     Baseline(OpenId),
     /// A resume wants to know how the file looks.
@@ -123,7 +124,7 @@ impl Stage {
     pub(super) fn claims(&self) -> &[Claim] {
         match self {
             Self::Changing(_, claim) => std::slice::from_ref(claim),
-            Self::ChangingNames(claims) => claims,
+            Self::ChangingNames(claims, _) => claims,
             _ => &[],
         }
     }
@@ -228,9 +229,16 @@ impl Authority {
                 }
                 (None, Some(open))
             }
-            Stage::ChangingNames(claims) => {
+            Stage::ChangingNames(claims, moved) => {
                 self.drop_claims(&claims);
-                (Some(result), None)
+                match (result, claims.first(), moved) {
+                    (Ok(reply), Some((file, ..)), Some((from, to))) => {
+                        self.move_removal(*file, &from, to, effects);
+                        self.defer_all(asker.effect(reply), effects);
+                        (None, None)
+                    }
+                    (result, ..) => (Some(result), None),
+                }
             }
             Stage::Changing(file, claim) => {
                 self.drop_claims(&[claim]);

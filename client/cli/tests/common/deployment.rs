@@ -16,6 +16,8 @@ pub struct Wish {
     pub dataplane: &'static str,
     /// Settings that `init` has written into control.toml or dataplane.toml, and their values instead.
     pub settings: &'static [(&'static str, &'static str)],
+    /// More principals, and their access to the volume; see [`Deployment::config_of`].
+    pub principals: &'static [(&'static str, &'static str)],
     /// Uncomment every setting that `init` has written as a comment.
     pub uncomment: bool,
     /// Where `serve` is started from [default: beside the program under test].
@@ -85,6 +87,14 @@ impl Deployment {
             let text = std::fs::read_to_string(&path).unwrap();
             std::fs::write(&path, change(text)).unwrap();
         };
+        for (principal, access) in wish.principals {
+            run(Command::new(program("holdfast"))
+                .args(["cert", "--principal", principal, "--dir"])
+                .arg(&home));
+            // The volume is the file's last table.
+            let grant = format!("\n[[volume.grant]]\nprincipal = \"{principal}\"\naccess = \"{access}\"\n");
+            edit("control.toml", &|text| text + &grant);
+        }
         // The limits are the file's last table.
         edit("dataplane.toml", &|text| text + wish.dataplane);
         if wish.uncomment {
@@ -202,6 +212,15 @@ impl Deployment {
     /// The client's configuration.
     pub fn config(&self) -> PathBuf {
         self.home().join("client.toml")
+    }
+
+    /// The configuration of one of the other principals.
+    pub fn config_of(&self, principal: &str) -> holdfast_client::Config {
+        let mut config = holdfast_client::Config::load(&self.config()).unwrap();
+        let pki = self.home().join("pki");
+        config.tls.certificate = pki.join(format!("{principal}.pem"));
+        config.tls.key = pki.join(format!("{principal}.key"));
+        config
     }
 
     /// What serve and both planes logged.

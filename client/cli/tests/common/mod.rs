@@ -6,6 +6,7 @@
 mod cut;
 pub mod deployment;
 pub mod load;
+pub mod probe;
 pub mod raw;
 
 pub use cut::cut;
