@@ -1,7 +1,7 @@
 //! The start: from the state directory to an authority that knows every open of before, while nobody is let in yet.
 //!
 //! ```text
-//!   generation ─► journal ─► state::Recovery ─► Authority + files to reopen
+//!   generation ─► journal ─► state::Recovery ─► Authority + files to reopen        (replay)
 //!                                                   │
 //!   dataplane of before, if it lives: registers with its descriptors ──┐
 //!   descriptors that the supervisor kept ──────────────────────────────┤
@@ -14,6 +14,7 @@
 mod dataplane;
 mod guard;
 mod reopen;
+mod replay;
 
 pub use dataplane::{Registered, living};
 pub use reopen::{Found, Sources, reopen};
@@ -26,11 +27,11 @@ use crate::journal::{self, Journal, JournalEvent, Kind, OpenError};
 use crate::secrets::StateDir;
 use crate::volume::Volume;
 use anyhow::Context;
+use holdfast_shared::journal::RecoverError;
 use holdfast_shared::journal::record::{Record, Started};
-use holdfast_shared::journal::{PAYLOAD_BYTES_MAX, RecoverError, Recovered};
 use holdfast_shared::state::{Authority, Recovery, Reopen, VolumeRules};
 use holdfast_shared::types::{ClusterId, VolumeId};
-use holdfast_shared::wire::{from_cbor, to_cbor};
+use holdfast_shared::wire::to_cbor;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -90,7 +91,7 @@ impl Plan {
         let settings = self.config.journal.settings();
         let cluster = self.state.keyring()?.cluster();
         let known = Known::read(&self.state, cluster, self.named())?;
-        let (mut generation, mut anew) = (known.next(0), false);
+        let (mut generation, mut anew, mut ahead) = (known.next(0), false, true);
         loop {
             let mut recovery = Recovery::new(
                 self.config.limits.authority(),
@@ -98,14 +99,16 @@ impl Plan {
                 self.state.keyring()?,
                 generation,
             );
-            let mut progress = Progress::new();
-            let mut visit = |recovered: Recovered<'_>| {
-                progress.step("records of the journal read");
-                let record: Record =
-                    from_cbor(recovered.payload, PAYLOAD_BYTES_MAX).map_err(|error| error.to_string())?;
-                recovery.apply(record, recovered.in_checkpoint).map_err(|error| error.to_string())
+            let read = if ahead {
+                let Some(read) = replay::read_ahead(&directory, cluster, &settings, &mut recovery) else {
+                    ahead = false;
+                    continue;
+                };
+                read
+            } else {
+                replay::in_step(&directory, cluster, &settings, &mut recovery)
             };
-            let read = match journal::recover(&directory, cluster, &settings, &mut visit) {
+            let read = match read {
                 Err(OpenError::Journal { source: source @ RecoverError::Corrupt { .. }, .. })
                     if self.accept_journal_loss =>
                 {

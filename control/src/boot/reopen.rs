@@ -17,6 +17,9 @@ use std::time::Instant;
 /// Threads that look for files.
 const THREADS: usize = 4;
 
+/// Opens that a thread takes at once.
+const BATCH: usize = 256;
+
 /// Where files come from.
 pub struct Sources<'b> {
     /// The volumes.
@@ -42,6 +45,20 @@ pub struct Found {
     pub files: HashMap<FileId, HeldFile>,
 }
 
+/// A file that was looked at a moment ago.
+struct Seen {
+    of: Reopen,
+    inspected: Inspected,
+}
+
+impl Seen {
+    /// True if the search for another open's file could not but end at the same one.
+    fn is_of(&self, other: &Reopen) -> bool {
+        let Reopen { at, identity, file_handle, .. } = &self.of;
+        *at == other.at && *identity == other.identity && *file_handle == other.file_handle
+    }
+}
+
 /// A descriptor's file and access mode.
 type Kind = (FileIdentity, Access);
 
@@ -49,27 +66,33 @@ type Kind = (FileIdentity, Access);
 ///
 /// # Errors
 /// If the process has no descriptor left even to look at files.
-pub fn reopen(reopens: Vec<Reopen>, mut sources: Sources<'_>) -> anyhow::Result<Found> {
+pub fn reopen(mut reopens: Vec<Reopen>, mut sources: Sources<'_>) -> anyhow::Result<Found> {
+    let (begin, total) = (Instant::now(), reopens.len());
     let inherited = std::mem::take(&mut sources.inherited);
     let search = Search {
         held: Mutex::new(std::mem::take(&mut sources.held)),
         kept: Mutex::new(by_kind(inherited, sources.store)),
         room: AtomicI64::new(i64::try_from(sources.descriptors_max).unwrap_or(i64::MAX)),
-        next: AtomicUsize::new(0),
-        found: Mutex::new(Found::default()),
+        begun: AtomicUsize::new(0),
+        total,
+        found: Mutex::new(Found {
+            reopened: Vec::with_capacity(total),
+            files: HashMap::with_capacity(total),
+        }),
         sources,
     };
-    let total = reopens.len();
-    let slots: Vec<Mutex<Option<Reopen>>> =
-        reopens.into_iter().map(|reopen| Mutex::new(Some(reopen))).collect();
+    // Opens of one file follow one another: it is looked at once for all of them.
+    reopens.sort_unstable_by_key(|reopen| (reopen.at.volume, reopen.identity, reopen.open));
+    let work = Mutex::new(reopens.into_iter());
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS.min(total)).map(|_| scope.spawn(|| search.run(&slots))).collect();
+        let threads: Vec<_> = (0..THREADS.min(total)).map(|_| scope.spawn(|| search.run(&work))).collect();
         threads.into_iter().try_for_each(|thread| match thread.join() {
             Ok(done) => done,
             Err(_) => Err(anyhow::anyhow!("a thread that reopens files has died")),
         })
     })?;
     let Search { found, kept, sources, .. } = search;
+    tracing::info!(files = total, seconds = begin.elapsed().as_secs_f64(), "recorded files are looked for");
     if let Some(store) = sources.store {
         // Nobody's any more: the supervisor may let go of them.
         kept.into_inner().into_values().flatten().for_each(|(name, _)| drop(store.kept(name)));
@@ -97,29 +120,40 @@ struct Search<'b> {
     kept: Mutex<HashMap<Kind, Vec<(String, OwnedFd)>>>,
     /// Descriptors that may still be opened.
     room: AtomicI64,
-    next: AtomicUsize,
+    /// Opens whose search has begun.
+    begun: AtomicUsize,
+    /// Of how many.
+    total: usize,
     found: Mutex<Found>,
 }
 
 impl Search<'_> {
-    fn run(&self, slots: &[Mutex<Option<Reopen>>]) -> anyhow::Result<()> {
+    fn run(&self, work: &Mutex<std::vec::IntoIter<Reopen>>) -> anyhow::Result<()> {
         let mut said = Instant::now();
         loop {
-            let index = self.next.fetch_add(1, Relaxed);
-            let Some(reopen) = slots.get(index).map(|slot| slot.lock().take()) else { return Ok(()) };
-            let Some(reopen) = reopen else { continue };
+            let batch: Vec<Reopen> = work.lock().by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let begun = self.begun.fetch_add(batch.len(), Relaxed);
             if said.elapsed() >= PROGRESS {
                 said = Instant::now();
-                tracing::info!("recovering: {index} of {} files found again", slots.len());
+                tracing::info!("recovering: {begun} of {} files found again", self.total);
             }
-            self.one(reopen)?;
+            let (mut found, mut seen) = (Found::default(), None);
+            for reopen in batch {
+                self.one(reopen, &mut seen, &mut found)?;
+            }
+            let mut all = self.found.lock();
+            all.reopened.append(&mut found.reopened);
+            all.files.extend(found.files);
         }
     }
 
-    fn one(&self, reopen: Reopen) -> anyhow::Result<()> {
+    fn one(&self, reopen: Reopen, seen: &mut Option<Seen>, found: &mut Found) -> anyhow::Result<()> {
         let (open, file) = (reopen.open, reopen.file);
         let gauges = self.sources.gauges;
-        let (result, held) = match self.find(&reopen) {
+        let (result, held) = match self.find(&reopen, seen) {
             Ok((Some(held), inspected)) => (Ok(inspected), Some(HeldFile::Open(held))),
             Ok((None, inspected)) => {
                 gauges.recovered_by_name.fetch_add(1, Relaxed);
@@ -139,14 +173,17 @@ impl Search<'_> {
         if result.is_ok() {
             gauges.recovered_opens.fetch_add(1, Relaxed);
         }
-        let mut found = self.found.lock();
         found.reopened.push((open, result));
         found.files.extend(held.map(|held| (file, held)));
         Ok(())
     }
 
     /// The file's descriptor, unless there are too many already, and how it looks.
-    fn find(&self, reopen: &Reopen) -> Result<(Option<OpenFile>, Inspected), Unopened> {
+    fn find(
+        &self,
+        reopen: &Reopen,
+        seen: &mut Option<Seen>,
+    ) -> Result<(Option<OpenFile>, Inspected), Unopened> {
         let Sources { volumes, store, gauges, .. } = &self.sources;
         // Those that were open all the time come first: they are the file, whatever has become of its name.
         let held = self.held.lock().remove(&reopen.open);
@@ -180,7 +217,12 @@ impl Search<'_> {
                 Err(lost) => return Err(lost),
             }
         }
-        Ok((None, volume.look(reopen)?))
+        if let Some(seen) = seen.as_ref().filter(|seen| seen.is_of(reopen)) {
+            return Ok((None, seen.inspected.clone()));
+        }
+        let inspected = volume.look(reopen)?;
+        *seen = Some(Seen { of: reopen.clone(), inspected: inspected.clone() });
+        Ok((None, inspected))
     }
 }
 

@@ -23,6 +23,14 @@ fn short_runs() {
     seeds(0, 2000, 400);
 }
 
+/// A late answer that waits for its record while the open is detached anew: it speaks of the time before that.
+#[test]
+fn an_answer_on_its_way_is_judged_by_the_loss_it_answers() {
+    if let Err(failure) = holdfast_sim::run(302_664, 500) {
+        panic!("{failure}");
+    }
+}
+
 #[test]
 fn longer_runs() {
     seeds(1_000_000, 200, 4000);

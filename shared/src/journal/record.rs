@@ -1,7 +1,7 @@
 //! What the journal says: one record for each change of an open's life that a reply may depend on.
 //!
 //! ```text
-//!  Started ─ Opened ─ Locked ─ Unlocked ─ Detached ─ Baseline ─ Marked ─ Resumed ─ Closed
+//!  Started ─ Settled ─ Opened ─ Locked ─ Unlocked ─ Detached ─ Baseline ─ Marked ─ Resumed ─ Closed
 //!                                              │                    └── Heard
 //!                                              └──── Tombstone ─ Forgotten
 //! ```
@@ -59,6 +59,10 @@ pub enum Record {
     /// The client of a resumed open has shown that it knows the answer: what was changed before concerns it no more.
     #[n(11)]
     Heard(#[n(0)] OpenId),
+    /// A start knows of every recovered open how its file looked. Those that were live for all that the journal says are
+    /// detached from here on; what they are compared with is a baseline, unless somebody else may have changed it.
+    #[n(12)]
+    Settled,
 }
 
 /// See [`Record::Started`].
@@ -155,6 +159,9 @@ pub struct OpenRecord {
     /// The name that goes with the last open of the file: an earlier one, which is closed, asked for that.
     #[n(25)]
     pub remove: Option<(VolumeId, String)>,
+    /// True if its hold time was over once, and its client may not know of that yet.
+    #[cbor(n(26), default)]
+    pub lapsed: bool,
 }
 
 /// Silent about challenge and sealed secret.
@@ -192,6 +199,9 @@ pub struct ResumedRecord {
     /// answer may be lost, and the next one must say no less.
     #[n(5)]
     pub changed: Option<bool>,
+    /// Whether the answer says that the hold time was over. Until [`Record::Heard`] the next one must say it too.
+    #[cbor(n(6), default)]
+    pub lapsed: bool,
 }
 
 /// See [`Record::Locked`].

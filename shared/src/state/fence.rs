@@ -241,8 +241,8 @@ impl Authority {
         let Some(of_file) = self.opens.of_file(file).filter(|of_file| of_file.remove.is_some()) else {
             return;
         };
-        let stays = |id: &&OpenId| self.opens.get(**id).is_some_and(|open| !open.is_closing());
-        let heir = of_file.all.iter().find(stays).or(of_file.all.first()).copied();
+        let stays = |id: &OpenId| self.opens.get(*id).is_some_and(|open| !open.is_closing());
+        let heir = of_file.all.iter().find(stays).or(of_file.all.iter().next());
         // A full journal takes the ends of things only.
         if let Some(heir) = heir.filter(|_| !self.journal.full) {
             self.persist_open(heir, effects);

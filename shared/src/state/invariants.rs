@@ -64,7 +64,7 @@ impl Authority {
             fencing += open.bindings.values().filter(|binding| binding.fencing).count();
             assert_eq!(works.get(id).copied().unwrap_or(0), open.works, "work on {id}");
             let of_file = self.opens.of_file(open.identity);
-            assert!(of_file.is_some_and(|of_file| of_file.all.contains(id)));
+            assert!(of_file.is_some_and(|of_file| of_file.all.contains(*id)));
             let created = self.create_ids.0.get(&(open.principal.clone(), open.request.create_id));
             assert!(matches!(created, Some(Created::Open(open)) if open == id));
             assert!(self.tombstones.get(*id).is_none(), "an open has a tombstone");
@@ -89,10 +89,10 @@ impl Authority {
         for (id, open) in self.opens.iter() {
             let fencing = open.bindings.values().any(|binding| binding.fencing);
             let of_file = self.opens.of_file(open.identity);
-            let listed = of_file.is_some_and(|of_file| of_file.detached.contains(id));
+            let listed = of_file.is_some_and(|of_file| of_file.detached.contains(*id));
             assert_eq!(listed, matches!(open.life, Life::Detached { .. }));
             assert!(!open.unheard || !listed, "a detached open is heard of no more");
-            let listed = of_file.is_some_and(|of_file| of_file.unheard.contains(id));
+            let listed = of_file.is_some_and(|of_file| of_file.unheard.contains(*id));
             assert_eq!(listed, open.unheard);
             match &open.life {
                 Life::Active => {
@@ -100,9 +100,11 @@ impl Authority {
                     assert!(session.is_some_and(|s| s.opens.contains(id)), "an active open has a session");
                     let judged = open.baseline || open.marked;
                     assert!(!judged || open.unheard, "{id} is judged before it is detached");
+                    assert!(!open.lapsed || open.unheard, "{id} owes what was heard already");
                 }
                 Life::Detached { deadline, resume, .. } => {
                     detached += 1;
+                    assert!(!open.untold, "the journal takes {id} for a live one");
                     assert!(open.session.is_none());
                     let waits = self.timers.0.contains(&(*deadline, Timer::Expiry(*id)));
                     assert!(waits || *deadline <= self.now, "{id} never expires");

@@ -120,6 +120,7 @@ impl Authority {
             open.marked = true;
             // The tombstone of one that is closing will say it.
             if !open.is_closing() {
+                self.tell_detached(id, effects);
                 self.persist(Record::Marked(id), effects);
             }
         }
@@ -128,12 +129,11 @@ impl Authority {
     /// Somebody is let in who may change the file: every open of it is marked that is detached, or whose client may not know
     /// yet that it no longer is, or that is being taken from its owner, and that could not tell. Before the grant, in the same call.
     pub(super) fn mark_others(&mut self, file: FileIdentity, me: Option<OpenId>, effects: &mut Vec<Effect>) {
-        let concerned = self.opens.of_file(file);
-        let concerned = concerned.map(|of_file| {
-            let away = of_file.detached.union(&of_file.unheard);
-            away.chain(&of_file.leaving).copied().collect()
+        let concerned = self.opens.of_file(file).into_iter().flat_map(|of_file| {
+            let away = of_file.detached.iter().chain(of_file.unheard.iter());
+            away.chain(of_file.leaving.iter())
         });
-        let concerned: Vec<OpenId> = concerned.unwrap_or_default();
+        let concerned: BTreeSet<OpenId> = concerned.collect();
         for id in concerned.into_iter().filter(|id| Some(*id) != me) {
             self.mark(id, effects);
         }
@@ -144,7 +144,7 @@ impl Authority {
         let Some(open) = self.opens.get_mut(id).filter(|open| open.unheard && open.is_active()) else {
             return;
         };
-        (open.baseline, open.marked) = (false, false);
+        (open.baseline, open.marked, open.lapsed) = (false, false, false);
         self.opens.set_unheard(id, false);
         self.persist(Record::Heard(id), effects);
     }

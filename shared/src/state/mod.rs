@@ -45,6 +45,7 @@ mod checkpoint;
 mod contend;
 mod effect;
 mod fence;
+mod ids;
 mod input;
 mod invariants;
 mod life;

@@ -65,8 +65,11 @@ impl Recovery {
     /// # Errors
     /// [`RecoveryError`] if it cannot follow those before.
     pub fn apply(&mut self, record: Record, inside_checkpoint: bool) -> Result<(), RecoveryError> {
-        let name = name_of(&record);
-        self.take(record, inside_checkpoint).map_err(|reason| RecoveryError { record: name, reason })
+        let (name, open) = name_of(&record);
+        self.take(record, inside_checkpoint).map_err(|reason| {
+            let record = open.map_or_else(|| name.to_owned(), |open| format!("{name} of open {open}"));
+            RecoveryError { record, reason }
+        })
     }
 
     fn take(&mut self, record: Record, inside_checkpoint: bool) -> Applied {
@@ -79,7 +82,11 @@ impl Recovery {
                 self.started = Some(*started);
                 return Ok(());
             }
-            Record::Opened(opened) => return authority.restore_open((**opened).clone()),
+            Record::Settled => {
+                authority.restore_settled();
+                return Ok(());
+            }
+            Record::Opened(opened) => opened.open,
             Record::Closed(id)
             | Record::Detached(id)
             | Record::Baseline(id, _)
@@ -90,6 +97,10 @@ impl Recovery {
             Record::Locked(locked) => locked.open,
             Record::Unlocked(unlocked) => unlocked.open,
             Record::Tombstone(tombstone) => tombstone.open,
+        };
+        let record = match record {
+            Record::Opened(opened) => return authority.restore_open(*opened),
+            record => record,
         };
         let known = authority.opens.get(id).is_some();
         let needed = !matches!(record, Record::Tombstone(_) | Record::Forgotten(_));
@@ -142,9 +153,10 @@ impl Recovery {
     }
 }
 
-fn name_of(record: &Record) -> String {
+fn name_of(record: &Record) -> (&'static str, Option<OpenId>) {
     let (name, open) = match record {
-        Record::Started(started) => return format!("Started (generation {})", started.generation),
+        Record::Started(_) => return ("Started", None),
+        Record::Settled => return ("Settled", None),
         Record::Opened(opened) => ("Opened", opened.open),
         Record::Closed(id) => ("Closed", *id),
         Record::Detached(id) => ("Detached", *id),
@@ -157,7 +169,7 @@ fn name_of(record: &Record) -> String {
         Record::Forgotten(id) => ("Forgotten", *id),
         Record::Heard(id) => ("Heard", *id),
     };
-    format!("{name} of open {open}")
+    (name, Some(open))
 }
 
 impl Authority {
@@ -192,7 +204,8 @@ impl Authority {
         let secret = self.keyring.open_secret(id, &record.sealed_secret);
         let secret = secret.map_err(|error| format!("its secret cannot be opened: {error}"))?;
         let path = VolumePath::parse(&record.request.place.path).map_err(|error| error.to_string())?;
-        let principal: std::sync::Arc<str> = record.principal.as_str().into();
+        let known = self.sessions.principals.get_key_value(record.principal.as_str());
+        let principal = known.map_or_else(|| record.principal.as_str().into(), |(known, _)| known.clone());
         let create_key = (principal.clone(), record.request.create_id);
         if self.create_ids.0.contains_key(&create_key) {
             return Err("another open has its create id".into());
@@ -225,6 +238,8 @@ impl Authority {
             baseline: record.baseline,
             marked: record.marked,
             unheard: record.unheard,
+            lapsed: record.lapsed,
+            untold: false,
             looking: false,
             last_look: Default::default(),
             removal: Default::default(),
@@ -296,6 +311,7 @@ impl Authority {
                 (open.epoch, open.evidence, open.kept) = (resumed.epoch, resumed.evidence, resumed.kept);
                 let told = resumed.changed;
                 (open.baseline, open.marked) = (told.is_some() && open.kept.is_empty(), told == Some(true));
+                open.lapsed = resumed.lapsed;
                 self.opens.set_life(id, Life::Active);
                 self.opens.set_unheard(id, told.is_some());
             }
@@ -304,11 +320,10 @@ impl Authority {
                 if !open.unheard {
                     return Err("it does not fit the open's life".into());
                 }
-                (open.baseline, open.marked) = (false, false);
+                (open.baseline, open.marked, open.lapsed) = (false, false, false);
                 self.opens.set_unheard(id, false);
             }
             Record::Detached(_) | Record::Baseline(..) | Record::Marked(_) => {
-                let far = Timestamp::from_nanos(u64::MAX);
                 let Some(open) = self.opens.get_mut(id) else { return Ok(()) };
                 let unheard = open.unheard && matches!(record, Record::Marked(_));
                 if open.is_active() != matches!(record, Record::Detached(_)) && !unheard {
@@ -317,15 +332,10 @@ impl Authority {
                 match record {
                     Record::Baseline(_, evidence) => (open.baseline, open.evidence) = (true, evidence),
                     Record::Marked(_) => open.marked = true,
-                    _ => {
-                        let life =
-                            Life::Detached { since: Timestamp::default(), deadline: far, resume: None };
-                        self.opens.set_life(id, life);
-                        self.opens.set_unheard(id, false);
-                    }
+                    _ => self.restore_detached(id),
                 }
             }
-            Record::Started(_) | Record::Opened(_) => {}
+            Record::Started(_) | Record::Settled | Record::Opened(_) => {}
         }
         Ok(())
     }
@@ -342,10 +352,8 @@ impl Authority {
         match result {
             Ok(seen) => {
                 open.reopened = Some(seen.evidence);
+                open.untold |= was_active;
                 self.set_detached(id, hold_ms);
-                if was_active {
-                    self.persist(Record::Detached(id), effects);
-                }
             }
             Err(_) => {
                 let record = TombstoneRecord {
@@ -388,7 +396,7 @@ impl Authority {
         let mut writers: BTreeMap<FileIdentity, Vec<OpenId>> = BTreeMap::new();
         for id in &reopened {
             let Some(open) = self.opens.get(*id) else { continue };
-            let Some(seen) = open.reopened else { continue };
+            let Some(seen) = open.reopened.filter(|seen| *seen != open.evidence) else { continue };
             // The mark for a writer that was there when the session was lost may be among what was not durable yet, so
             // the server's own writes explain nothing if another open could have made them.
             let writers = writers.entry(open.identity).or_insert_with(|| {
@@ -399,25 +407,66 @@ impl Authority {
             let alone = writers.iter().all(|writer| writer == id);
             let own_writes = last_writes.get(&open.identity).copied().unwrap_or(0).max(last_write);
             let own = alone && i64::try_from(own_writes).is_ok_and(|last| seen.changed_ns <= last);
-            if seen != open.evidence && (open.baseline || !own) {
+            if open.baseline || !own {
                 self.mark_recovered(*id, effects);
             }
         }
-        self.mark_beside_writers(&reopened, effects);
+        // Who has no binding, and nothing under way, writes nothing.
+        let idle = self.opens.bindings() == 0 && self.operations.len() == 0;
+        if !idle || self.opens.detached() < self.opens.len() {
+            self.mark_beside_writers(&reopened, effects);
+        }
+        let mut settled = false;
         for id in reopened {
             let Some(open) = self.opens.get_mut(id) else { continue };
             let Some(seen) = open.reopened.take() else { continue };
             if self.ends_with_crash(id, effects) {
                 continue;
             }
-            let Some(open) = self.opens.get(id) else { continue };
+            let Some(open) = self.opens.get_mut(id) else { continue };
             let quiet = open.bindings.is_empty() || !open.access().contains(Access::WRITE);
-            if !open.marked && !open.baseline && quiet {
+            let (identity, judged) = (open.identity, open.marked || open.baseline);
+            if !judged && !quiet {
+                self.tell_detached(id, effects);
+            } else if !judged && (open.evidence != seen || !open.untold) {
                 self.set_baseline(id, seen, effects);
+            } else if open.untold {
+                // One record says it of all of them: a crash with a million opens must not cost a million more.
+                open.baseline |= !open.marked;
+                open.untold = false;
+                settled = true;
             }
-            let identity = self.opens.get(id).map(|open| open.identity);
-            self.changed.extend(identity);
+            if self.ruled.contains(&identity) || self.contenders.len() > 0 {
+                self.changed.insert(identity);
+            }
         }
+        if settled {
+            self.persist(Record::Settled, effects);
+        }
+    }
+
+    /// The journal is told that an open is detached, if it does not know yet.
+    pub(super) fn tell_detached(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
+        if let Some(open) = self.opens.get_mut(id).filter(|open| open.untold) {
+            open.untold = false;
+            self.persist(Record::Detached(id), effects);
+        }
+    }
+
+    /// What an earlier start found when it had settled: see [`Record::Settled`].
+    fn restore_settled(&mut self) {
+        let live = self.opens.iter().filter(|(_, open)| open.is_active()).map(|(id, _)| *id);
+        for id in live.collect::<Vec<_>>() {
+            let Some(open) = self.opens.get_mut(id) else { continue };
+            open.baseline |= !open.marked;
+            self.restore_detached(id);
+        }
+    }
+
+    fn restore_detached(&mut self, id: OpenId) {
+        let deadline = Timestamp::from_nanos(u64::MAX);
+        self.opens.set_life(id, Life::Detached { since: Timestamp::default(), deadline, resume: None });
+        self.opens.set_unheard(id, false);
     }
 
     /// Opens that do not outlive a crash. One with nothing to hold ends as its session has. One whose file was still to be
@@ -438,6 +487,7 @@ impl Authority {
     fn mark_recovered(&mut self, id: OpenId, effects: &mut Vec<Effect>) {
         if let Some(open) = self.opens.get_mut(id).filter(|open| !open.marked) {
             open.marked = true;
+            self.tell_detached(id, effects);
             self.persist(Record::Marked(id), effects);
         }
     }
@@ -445,6 +495,7 @@ impl Authority {
     fn set_baseline(&mut self, id: OpenId, seen: Evidence, effects: &mut Vec<Effect>) {
         if let Some(open) = self.opens.get_mut(id) {
             (open.baseline, open.evidence) = (true, seen);
+            self.tell_detached(id, effects);
             self.persist(Record::Baseline(id, seen), effects);
         }
     }

@@ -217,6 +217,8 @@ impl Authority {
         let Some(open) = self.opens.get_mut(id) else { return };
         let Some(Some(resume)) = open.resuming_mut().map(Option::take) else { return };
         let Resuming { asker, fresh, replay, expired, .. } = *resume;
+        // That the time was over is told until the client is heard, like a change.
+        let expired = expired || open.lapsed;
         let Some(session) = self.sessions.get_mut(asker.session) else { return };
         let changed = open.marked || (open.baseline && open.evidence != seen.evidence);
         let verdict = match (changed, expired) {
@@ -237,6 +239,7 @@ impl Authority {
         // The answer may be lost. Until the client is heard, the next one must say no less than this one; and what changes
         // until then, unless by bindings that were kept, must be told too.
         (open.baseline, open.marked) = (!replay && kept.is_empty(), !replay && changed);
+        open.lapsed = !replay && expired;
         let (identity, share, writes) = (open.identity, open.share(), open.access().contains(Access::WRITE));
         let record = Record::Resumed(ResumedRecord {
             open: id,
@@ -245,6 +248,7 @@ impl Authority {
             evidence: seen.evidence,
             kept: kept.clone(),
             changed: (!replay).then_some(changed),
+            lapsed: open.lapsed,
         });
         let lock_sequence = open.executed.highest();
         self.clear_detached_timers(id);

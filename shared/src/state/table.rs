@@ -13,6 +13,7 @@
 //! An open is *expired* when it is detached and its deadline is not later than now: that is computed, never stored.
 
 use super::barrier::Rules;
+use super::ids::Ids;
 use super::locking::Executed;
 use super::resume::Resuming;
 use super::rules::LockMode;
@@ -126,6 +127,10 @@ pub(super) struct Open {
     pub(super) marked: bool,
     /// It was resumed, and its client may not know yet what it was told. See [`OpenTable::set_unheard`].
     pub(super) unheard: bool,
+    /// Its hold time was over when it was resumed, and its client may not know of that yet.
+    pub(super) lapsed: bool,
+    /// It is detached, and the journal does not say so yet: until all recovered opens are settled.
+    pub(super) untold: bool,
     /// The baseline is being taken.
     pub(super) looking: bool,
     /// The last look before a tombstone.
@@ -211,19 +216,20 @@ impl Open {
 /// The opens of one file.
 #[derive(Debug, Default)]
 pub(super) struct FileOpens {
-    pub(super) all: BTreeSet<OpenId>,
-    pub(super) detached: BTreeSet<OpenId>,
+    pub(super) all: Ids,
+    pub(super) detached: Ids,
     /// Live ones whose client may not know yet that they were resumed.
-    pub(super) unheard: BTreeSet<OpenId>,
+    pub(super) unheard: Ids,
     /// Those that are being taken from their owners.
-    pub(super) leaving: BTreeSet<OpenId>,
+    pub(super) leaving: Ids,
     /// An open that asked for the name's removal is closed; the last one removes it.
     pub(super) remove: Option<Located>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct OpenTable {
-    by_id: BTreeMap<OpenId, Open>,
+    /// In boxes: opens are large, and come in no order.
+    by_id: BTreeMap<OpenId, Box<Open>>,
     by_binding: BTreeMap<LinkBinding, OpenId>,
     by_file: BTreeMap<FileIdentity, FileOpens>,
     /// Detached opens of each principal, by deadline.
@@ -240,11 +246,11 @@ impl OpenTable {
     }
 
     pub(super) fn get(&self, id: OpenId) -> Option<&Open> {
-        self.by_id.get(&id)
+        self.by_id.get(&id).map(Box::as_ref)
     }
 
     pub(super) fn get_mut(&mut self, id: OpenId) -> Option<&mut Open> {
-        self.by_id.get_mut(&id)
+        self.by_id.get_mut(&id).map(Box::as_mut)
     }
 
     pub(super) fn insert(&mut self, id: OpenId, open: Open) {
@@ -257,7 +263,7 @@ impl OpenTable {
         if open.unheard {
             of_file.unheard.insert(id);
         }
-        self.by_id.insert(id, open);
+        self.by_id.insert(id, Box::new(open));
     }
 
     /// Sets whether the answer to an open's resume may still be lost. While it may, what others do to the file concerns
@@ -269,7 +275,7 @@ impl OpenTable {
         if unheard {
             of_file.unheard.insert(id);
         } else {
-            of_file.unheard.remove(&id);
+            of_file.unheard.remove(id);
         }
     }
 
@@ -278,13 +284,13 @@ impl OpenTable {
         let mut open = self.by_id.remove(&id)?;
         open.life = life;
         if let Some(of_file) = self.by_file.get_mut(&open.identity) {
-            of_file.all.remove(&id);
-            of_file.unheard.remove(&id);
+            of_file.all.remove(id);
+            of_file.unheard.remove(id);
             if of_file.all.is_empty() {
                 self.by_file.remove(&open.identity);
             }
         }
-        Some(open)
+        Some(*open)
     }
 
     /// Changes where an open is in its life, and what is sorted by that. Answers what was before.
@@ -292,7 +298,7 @@ impl OpenTable {
         let open = self.by_id.get_mut(&id)?;
         let of_file = self.by_file.entry(open.identity).or_default();
         if let Life::Detached { deadline, .. } = open.life {
-            of_file.detached.remove(&id);
+            of_file.detached.remove(id);
             self.detached.remove(&(open.principal.clone(), deadline, id));
         }
         if let Life::Detached { deadline, .. } = life {
@@ -300,7 +306,7 @@ impl OpenTable {
             self.detached.insert((open.principal.clone(), deadline, id));
         }
         if open.is_being_taken() {
-            of_file.leaving.remove(&id);
+            of_file.leaving.remove(id);
             self.leaving.remove(&(open.principal.clone(), id));
         }
         let before = std::mem::replace(&mut open.life, life);
@@ -320,13 +326,14 @@ impl OpenTable {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&OpenId, &Open)> {
-        self.by_id.iter()
+        self.by_id.iter().map(|(id, open)| (id, open.as_ref()))
     }
 
     /// Opens in the order of their ids, behind one of them.
     pub(super) fn after(&self, after: Option<OpenId>) -> impl Iterator<Item = (&OpenId, &Open)> {
         use std::ops::Bound::{Excluded, Unbounded};
-        self.by_id.range((after.map_or(Unbounded, Excluded), Unbounded))
+        let behind = self.by_id.range((after.map_or(Unbounded, Excluded), Unbounded));
+        behind.map(|(id, open)| (id, open.as_ref()))
     }
 
     pub(super) fn of_file(&self, file: FileIdentity) -> Option<&FileOpens> {
@@ -340,7 +347,7 @@ impl OpenTable {
     /// Every open of a file.
     pub(super) fn on(&self, file: FileIdentity) -> impl Iterator<Item = (OpenId, &Open)> {
         let all = self.by_file.get(&file).into_iter().flat_map(|of_file| of_file.all.iter());
-        all.filter_map(|id| Some((*id, self.by_id.get(id)?)))
+        all.filter_map(|id| Some((id, self.get(id)?)))
     }
 
     /// How many are detached.

@@ -30,7 +30,8 @@ impl Oracle {
         }
         fact.epoch = opened.epoch;
         fact.resuming = false;
-        fact.unheard = false;
+        fact.decided.retain(|epoch, _| *epoch > opened.epoch);
+        (fact.unheard, fact.lapse_unheard) = (false, false);
         fact.session = Some(session);
         fact.detached = None;
         fact.closing = leaving;

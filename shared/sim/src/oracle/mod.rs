@@ -92,6 +92,14 @@ pub(super) struct Fact {
     pub(super) untouched: bool,
     /// A resume was decided, and its answer has not left yet.
     pub(super) resuming: bool,
+    /// Of resumes whose answers have not left: their epochs, and when the open had been detached that each of them took.
+    pub(super) decided: BTreeMap<u64, Option<u64>>,
+    /// It was detached anew before such an answer could leave.
+    pub(super) lost_again: bool,
+    /// An answer said that the hold time was over, and its client has not heard it: the next one must say so too.
+    pub(super) lapse_unheard: bool,
+    /// The same for what the server can know: it may say so twice.
+    pub(super) lapse_unproven: bool,
     /// A resume was answered, and its client has not heard the answer: what changed before concerns it still.
     pub(super) unheard: bool,
     /// A resume was answered, and the server does not know yet that the client has heard it: it may tell a change twice.
@@ -109,6 +117,11 @@ impl Fact {
                         && now < since.saturating_add(self.hold_ms.saturating_mul(MS))
                 }
             }
+    }
+
+    /// When its time is over, if it was detached at `since`.
+    pub(super) fn deadline(&self, since: Option<u64>) -> Option<u64> {
+        Some(since?.saturating_add(self.hold_ms.saturating_mul(MS)))
     }
 
     /// True if it was told and nothing has ended it, though its time may be over.
@@ -175,6 +188,10 @@ pub(crate) struct Oracle {
 enum Volatile {
     Baseline(OpenId),
     Tombstone(OpenId),
+    /// The client of an open knows that its time was over.
+    Lapse(OpenId),
+    /// Baselines after a restart.
+    Settled(Vec<OpenId>),
 }
 
 /// What the oracle may look at besides.
@@ -243,6 +260,7 @@ impl Oracle {
     pub(crate) fn heard(&mut self, session: SessionId, open: OpenId) {
         if let Some(fact) = self.facts.get_mut(&open).filter(|fact| fact.session == Some(session)) {
             fact.unheard &= fact.detached.is_some();
+            fact.lapse_unheard &= fact.detached.is_some();
         }
     }
 
@@ -353,6 +371,10 @@ impl Oracle {
                     epoch: 0,
                     untouched: false,
                     resuming: false,
+                    decided: BTreeMap::new(),
+                    lost_again: false,
+                    lapse_unheard: false,
+                    lapse_unproven: false,
                     unheard: false,
                     unproven: false,
                 };
@@ -362,7 +384,12 @@ impl Oracle {
                     self.touched(node);
                 }
             }
-            Record::Detached(open) => self.detach(sight, *open),
+            Record::Detached(open) => {
+                if let Some(fact) = self.facts.get_mut(open) {
+                    fact.lost_again = !fact.decided.is_empty();
+                }
+                self.detach(sight, *open);
+            }
             // Its session is ended by a resume that supersedes it, or has ended by itself; that is told later.
             Record::Closed(open) => {
                 if let Some(fact) = self.facts.get_mut(open).filter(|fact| fact.hold_ms == 0 || fact.resuming)
@@ -371,13 +398,24 @@ impl Oracle {
                 }
             }
             Record::Resumed(resumed) => {
-                if let Some(fact) = self.facts.get_mut(&resumed.open) {
-                    fact.resuming = true;
+                let Some(fact) = self.facts.get_mut(&resumed.open) else { return };
+                fact.resuming = true;
+                fact.lost_again = false;
+                fact.decided.insert(resumed.epoch, fact.detached);
+                let over = fact.deadline(fact.detached).is_some_and(|deadline| sight.now >= deadline);
+                if resumed.lapsed && !over && !fact.lapse_unproven {
+                    let fact = fact.clone();
+                    return self
+                        .fail(|| format!("{} is taken for expired before its time: {fact:?}", resumed.open));
                 }
+                fact.lapse_unproven |= resumed.lapsed;
             }
             Record::Heard(open) => {
                 if let Some(fact) = self.facts.get_mut(open) {
                     fact.unproven = false;
+                    if std::mem::take(&mut fact.lapse_unproven) {
+                        self.volatile.insert(sequence, Volatile::Lapse(*open));
+                    }
                 }
             }
             Record::Baseline(open, _) => {
@@ -385,6 +423,20 @@ impl Oracle {
                 if let Some(fact) = self.facts.get_mut(open) {
                     fact.window.outside = fact.node.map(|node| sight.files.changes(node));
                 }
+            }
+            // A baseline of each open that was found again, unless its own bindings may still write.
+            Record::Settled => {
+                let quiet = |fact: &Fact| {
+                    let dead = fact.bindings.values().all(|(_, dead)| dead.is_some());
+                    dead || !fact.access.contains(Access::WRITE)
+                };
+                let facts = self.facts.iter_mut().filter(|(_, fact)| fact.detached.is_some() && quiet(fact));
+                let mut settled = Vec::new();
+                for (open, fact) in facts.filter(|(_, fact)| fact.window.outside.is_none()) {
+                    fact.window.outside = fact.node.map(|node| sight.files.changes(node));
+                    settled.push(*open);
+                }
+                self.volatile.insert(sequence, Volatile::Settled(settled));
             }
             Record::Tombstone(tombstone) => {
                 self.volatile.insert(sequence, Volatile::Tombstone(tombstone.open));
@@ -424,6 +476,18 @@ impl Oracle {
                         fact.window.outside = None;
                     }
                 }
+                Volatile::Settled(opens) => {
+                    for open in opens {
+                        if let Some(fact) = self.facts.get_mut(&open) {
+                            fact.window.outside = None;
+                        }
+                    }
+                }
+                Volatile::Lapse(open) => {
+                    if let Some(fact) = self.facts.get_mut(&open) {
+                        fact.lapse_unproven = true;
+                    }
+                }
                 Volatile::Tombstone(open) => {
                     if let Some(fact) = self.facts.get_mut(&open).filter(|fact| fact.ended.is_none()) {
                         fact.perhaps_gone = fact.tombstone.take();
@@ -433,6 +497,8 @@ impl Oracle {
         }
         for fact in self.facts.values_mut() {
             fact.untouched = false;
+            fact.decided.clear();
+            fact.lost_again = false;
         }
     }
 

@@ -1,6 +1,6 @@
 //! Verdicts: never a false "unchanged", never "changed" where nobody could have changed anything.
 
-use super::{Ended, MS, Oracle, Sight};
+use super::{Ended, Oracle, Sight};
 use crate::files::{Actor, Node};
 use holdfast_shared::types::{GoneReason, HandleId, OpenId, SessionId, Status, Verdict};
 use holdfast_shared::wire::control::{Gone, Refusal, Resumed};
@@ -71,13 +71,27 @@ impl Oracle {
             }
             _ => {}
         }
-        let deadline = fact.detached.map(|since| since.saturating_add(fact.hold_ms.saturating_mul(MS)));
-        if let Some(deadline) = deadline {
+        // The open may have been detached anew before the answer could leave: it speaks of the time before that.
+        let since = fact.decided.get(&resumed.opened.epoch).copied().unwrap_or(fact.detached);
+        let expired = resumed.verdict == Verdict::ExpiredUnchanged || !resumed.locks_kept;
+        if fact.lapse_unheard && (resumed.verdict == Verdict::Unchanged) {
+            return self.fail(|| {
+                format!(
+                    "{open} is called unchanged, and its client never heard that its time was over: {fact:?}"
+                )
+            });
+        }
+        if fact.lapse_unheard && resumed.locks_kept && fact.locks.iter().any(|lock| !lock.releasing) {
+            return self.fail(|| {
+                format!("{open} has kept its locks, and its client never heard that it had not: {fact:?}")
+            });
+        }
+        if let Some(deadline) = fact.deadline(since) {
             if resumed.verdict == Verdict::Unchanged && asked_at > deadline {
                 return self
                     .fail(|| format!("{open} is called unchanged within its time, after it: {fact:?}"));
             }
-            if resumed.verdict == Verdict::ExpiredUnchanged && sight.now < deadline {
+            if expired && sight.now < deadline && !fact.lapse_unproven {
                 return self.fail(|| format!("{open} is called expired before its time: {fact:?}"));
             }
         }
@@ -86,9 +100,14 @@ impl Oracle {
             fact.told = true;
             fact.epoch = resumed.opened.epoch;
             fact.resuming = false;
+            fact.decided.retain(|epoch, _| *epoch > resumed.opened.epoch);
+            fact.lapse_unheard = expired;
             (fact.unheard, fact.unproven) = (true, true);
             fact.session = Some(session);
-            fact.detached = None;
+            // What was lost before the answer could leave is away since then.
+            let lost = fact.detached.filter(|_| fact.lost_again);
+            fact.detached = lost;
+            fact.untouched &= lost.is_none();
             fact.closing = leaving;
             fact.bury_bindings("a resume that did not keep it was answered", &resumed.kept);
         }

@@ -721,6 +721,60 @@ fn a_verdict_that_was_lost_is_told_again() {
 }
 
 #[test]
+fn rsm_03_that_the_time_was_over_is_told_until_it_was_heard() {
+    for how in ["lost", "superseded", "crash", "heard", "heard, then a crash", "repeated open"] {
+        for locks in [false, true] {
+            let mut world = World::new();
+            let first = world.begin(1, "u1");
+            let before = world.open(first, held(1, RW, ShareMode::ALL, 1000), 5);
+            if locks {
+                assert!(done(&world.ask(first, lock(before.open, 1, 0, 5))));
+            }
+            world.lose(first, 5);
+            world.pass(HOLD);
+            let second = world.begin(2, "u1");
+            let late = resumed(&world.resume(second, &before, 5));
+            assert_eq!((late.verdict, late.locks_kept), (Verdict::ExpiredUnchanged, !locks));
+            let third = SessionId([3; 16]);
+            let again = match how {
+                "superseded" => {
+                    world.begin(3, "u1");
+                    let effects = world.ask(third, resume(&before, Some(second)));
+                    let mut effects = world.look(effects, 5);
+                    effects.retain(|effect| matches!(effect, Effect::Reply { .. }));
+                    resumed(&effects)
+                }
+                "repeated open" => {
+                    // Its client knows of no resume: it asks as if it had never been answered.
+                    world.lose(second, 5);
+                    world.begin(3, "u1");
+                    let effects = world.ask(third, Request::Open(held(1, RW, ShareMode::ALL, 1000)));
+                    let _ = opened(&world.look(effects, 5));
+                    world.lose(third, 5);
+                    let fourth = world.begin(4, "u1");
+                    resumed(&world.resume(fourth, &before, 5))
+                }
+                _ => {
+                    if how.starts_with("heard") {
+                        world.ask(second, Request::QueryKey(before.open));
+                    }
+                    if how.ends_with("crash") {
+                        world = world.recover();
+                    } else {
+                        world.lose(second, 5);
+                    }
+                    world.begin(3, "u1");
+                    resumed(&world.resume(third, &before, 5))
+                }
+            };
+            let owed = !how.starts_with("heard") && how != "repeated open";
+            let wanted = if owed { Verdict::ExpiredUnchanged } else { Verdict::Unchanged };
+            assert_eq!((again.verdict, again.locks_kept), (wanted, !(owed && locks)), "{how}, locks {locks}");
+        }
+    }
+}
+
+#[test]
 fn what_proves_that_a_verdict_was_heard() {
     for how in ["other session", "bind", "close", "ping", "early"] {
         let (mut world, before, after) = resumed_beside_a_writer(false, false);
