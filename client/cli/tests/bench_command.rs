@@ -45,7 +45,7 @@ fn each_pattern_is_measured_and_checked_and_the_file_is_gone_afterwards() {
 fn what_was_there_is_not_destroyed_and_damage_is_seen() {
     let server = Deployment::start();
     let path = server.volume().join("kept");
-    json(&server, &["data:/kept", "--rw", "randwrite", "--keep"]);
+    json(&server, &["data:/kept", "--rw", "randwrite", "--keep", "--verify"]);
     let told = json(&server, &["data:/kept", "--verify"]);
     assert_eq!(told["operations"], told["blocks_verified"]);
     let before = std::fs::read(&path).unwrap();

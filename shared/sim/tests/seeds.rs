@@ -31,6 +31,14 @@ fn an_answer_on_its_way_is_judged_by_the_loss_it_answers() {
     }
 }
 
+/// An open that is evicted while the record of a lock of it is being written: the lock was there before.
+#[test]
+fn a_lock_may_be_told_after_its_open_was_evicted() {
+    if let Err(failure) = holdfast_sim::run(1_000_058, 4000) {
+        panic!("{failure}");
+    }
+}
+
 #[test]
 fn longer_runs() {
     seeds(1_000_000, 200, 4000);

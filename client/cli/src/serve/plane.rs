@@ -162,11 +162,8 @@ mod tests {
         assert_eq!(backoff.after(WELL_AFTER, true), Duration::ZERO);
         assert_eq!([backoff.after(short, true), backoff.after(short, false)], [BACKOFF_MIN, BACKOFF_MIN * 2]);
         assert!((0..20).all(|_| backoff.after(short, true) <= BACKOFF_READY_MAX));
-        assert_eq!(
-            backoff.after(WELL_AFTER, false),
-            BACKOFF_MAX,
-            "it never became ready, however long it tried"
-        );
+        let tries = [(); 20].map(|()| backoff.after(WELL_AFTER, false));
+        assert_eq!(tries.last(), Some(&BACKOFF_MAX), "it never became ready, however long it tried");
         assert_eq!(backoff.after(WELL_AFTER, true), Duration::ZERO);
         assert_eq!(backoff.after(short, true), BACKOFF_MIN, "one good run, and all is forgotten");
     }

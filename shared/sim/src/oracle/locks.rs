@@ -10,11 +10,12 @@ impl Oracle {
         let Some(fact) = self.facts.get_mut(&lock.open) else {
             return self.fail(|| format!("a lock of {} is told, which is not there", lock.open));
         };
-        if fact.forced {
-            // It was locked, and everybody obeyed; while that was being written the operator closed it.
+        if fact.forced || fact.tombstone.is_some() {
+            // It was locked, and everybody obeyed; while that was being written the open was ended. The order of the two is
+            // judged by their records.
             return;
         }
-        if fact.ended.is_some() || fact.given_away || fact.tombstone.is_some() {
+        if fact.ended.is_some() || fact.given_away {
             let fact = fact.clone();
             return self.fail(|| format!("a lock of {} is told after it ended: {fact:?}", lock.open));
         }

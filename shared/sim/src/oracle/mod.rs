@@ -397,6 +397,12 @@ impl Oracle {
                     fact.closing = true;
                 }
             }
+            Record::Locked(locked) => {
+                let over = |fact: &&Fact| fact.tombstone.is_some() || fact.ended.is_some();
+                if let Some(fact) = self.facts.get(&locked.open).filter(over).cloned() {
+                    self.fail(|| format!("{} is locked after it ended: {fact:?}", locked.open));
+                }
+            }
             Record::Resumed(resumed) => {
                 let Some(fact) = self.facts.get_mut(&resumed.open) else { return };
                 fact.resuming = true;
