@@ -297,7 +297,10 @@ fn rsm_13_of_two_at_once_one_has_it_and_the_other_knows() {
         for round in 0..10 {
             let (key, id) = detached(&server, "file", &rw()).await;
             let (x, y) = tokio::join!(resume(&a, &key), resume(&b, &key));
-            let (winner, loser) = if x.is_ok() { (x.unwrap(), status(y)) } else { (y.unwrap(), status(x)) };
+            let (winner, loser) = match x {
+                Ok(winner) => (winner, status(y)),
+                lost => (y.unwrap(), status(lost)),
+            };
             assert_eq!(loser, Some(Status::Busy), "{round}");
             assert_eq!((winner.open.id(), winner.open.epoch()), (id, 2), "{round}: once");
             let newest = winner.open.resume_key();

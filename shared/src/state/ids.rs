@@ -9,6 +9,7 @@ pub(super) enum Ids {
     #[default]
     None,
     One(OpenId),
+    #[expect(clippy::box_collection, reason = "the others, of which there are most, stay as small as one id")]
     Many(Box<BTreeSet<OpenId>>),
 }
 

@@ -91,7 +91,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
 
 fn parse_block(text: &str) -> Result<usize, String> {
     let bytes = parse_size(text)?;
-    let fits = (512..=64 << 20).contains(&bytes) && bytes.is_multiple_of(512);
+    let fits = (512..=64 << 20).contains(&bytes) && bytes % 512 == 0;
     usize::try_from(bytes).ok().filter(|_| fits).ok_or_else(|| "512 to 64m, a multiple of 512".into())
 }
 

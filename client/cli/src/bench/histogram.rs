@@ -26,8 +26,9 @@ impl Default for Histogram {
 /// Values below [`FINE`] have a bucket each; every later doubling has [`FINE`] of them.
 fn bucket(ns: u64) -> usize {
     let doublings = (u64::BITS - ns.leading_zeros()).saturating_sub(FINE_BITS + 1);
-    // Both fit: the shift leaves FINE_BITS + 1 bits.
-    doublings as usize * FINE + (ns >> doublings) as usize
+    // Less than 2 * FINE.
+    let rest = usize::try_from(ns >> doublings).unwrap_or(usize::MAX);
+    doublings as usize * FINE + rest
 }
 
 /// The highest value in a bucket.
@@ -35,7 +36,7 @@ fn highest(bucket: usize) -> u64 {
     if bucket < 2 * FINE {
         return bucket as u64;
     }
-    let doublings = (bucket / FINE - 1) as u32;
+    let doublings = bucket / FINE - 1;
     let first = (bucket % FINE + FINE) as u64;
     ((u128::from(first + 1) << doublings) - 1).try_into().unwrap_or(u64::MAX)
 }

@@ -182,7 +182,7 @@ async fn show(
     loop {
         tokio::time::sleep(SHOW).await;
         let (now, count) = (Instant::now(), completed.load(Relaxed));
-        let rate = ((count - before) as f64 / (now - at).as_secs_f64()) as u64;
+        let rate = report::per_second(count - before, now - at);
         (before, at) = (count, now);
         bar.set_message(format!("{rate} IOPS, {}/s", crate::output::size(rate * block)));
         bar.set_position(u64::try_from((now - begin).as_millis()).unwrap_or(u64::MAX));

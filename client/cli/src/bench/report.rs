@@ -25,6 +25,12 @@ pub(super) struct Report {
     pub(super) seen: Seen,
 }
 
+/// So many in that time are how many in a second.
+pub(super) fn per_second(count: u64, time: Duration) -> u64 {
+    let rate = u128::from(count) * 1_000_000_000 / time.as_nanos().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
 /// CPU time that this process has used so far.
 pub(super) fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
@@ -100,7 +106,10 @@ impl Report {
             line(format_args!("  not over verbs: {}", shown(reason)))?;
         }
         line(format_args!("  IOPS        {:.0}", self.rate()))?;
-        line(format_args!("  bandwidth   {}/s", size((self.rate() * self.block as f64) as u64)))?;
+        line(format_args!(
+            "  bandwidth   {}/s",
+            size(per_second(latencies.total() * self.block as u64, self.elapsed))
+        ))?;
         line(format_args!(
             "  latency     mean {}, p50 {}, p90 {}, p99 {}, p99.9 {}, max {}",
             time(latencies.mean()),
