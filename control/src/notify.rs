@@ -110,7 +110,7 @@ impl Store {
         self.say("STOPPING=1".into(), None);
     }
 
-    /// Has the supervisor keep a duplicate; `None` if there is no room for one, or [`WAITING_MAX`] wait already.
+    /// Has the supervisor keep a duplicate; `None` if there is no room for one, or too many wait already.
     pub fn keep(&self, descriptor: &OwnedFd) -> Option<Stored> {
         if self.0.waiting.load(Relaxed) >= WAITING_MAX {
             return None;
