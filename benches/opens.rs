@@ -38,8 +38,7 @@ fn arguments() -> Arguments {
 }
 
 /// Opens and closes until the time is over; how long each open took.
-async fn client(config: Config, until: Instant) -> Vec<Duration> {
-    let session = Session::connect(&config).await.expect("a session");
+async fn client(session: Session, until: Instant) -> Vec<Duration> {
     let place = Place { volume: "data".into(), path: "bench".into() };
     let mut took = Vec::new();
     while Instant::now() < until {
@@ -55,9 +54,15 @@ fn run(server: &Server, clients: usize, seconds: u64) -> (f64, Vec<Duration>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let config = Config::load(&server.config()).expect("client.toml");
     runtime.block_on(async {
+        // One after the other: the server bounds how many of one address may be at its door at once.
+        let mut sessions = Vec::new();
+        for _ in 0..clients {
+            sessions.push(Session::connect(&config).await.expect("a session"));
+        }
         let begin = Instant::now();
         let until = begin + Duration::from_secs(seconds);
-        let tasks: Vec<_> = (0..clients).map(|_| tokio::spawn(client(config.clone(), until))).collect();
+        let tasks: Vec<_> =
+            sessions.into_iter().map(|session| tokio::spawn(client(session, until))).collect();
         let mut took = Vec::new();
         for task in tasks {
             took.extend(task.await.expect("a client"));
