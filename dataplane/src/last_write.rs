@@ -140,7 +140,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    for _ in 0..200_000 {
+                    for _ in 0..20_000 {
                         let written = last.begin().returned();
                         // A moment for another to do its worst, of another length each time.
                         (0..written % 64).for_each(|_| std::hint::spin_loop());
