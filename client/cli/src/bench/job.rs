@@ -52,6 +52,9 @@ pub(super) struct Seen {
     pub(super) ended: Option<Instant>,
     /// How long it took until what was written was on the disk.
     pub(super) flush: Option<Duration>,
+    /// What carried it, and why it was not verbs if that was wanted.
+    pub(super) transport: &'static str,
+    pub(super) fallback: Option<String>,
 }
 
 impl Seen {
@@ -60,6 +63,10 @@ impl Seen {
         self.verified += other.verified;
         self.ended = self.ended.max(other.ended);
         self.flush = self.flush.max(other.flush);
+        if self.transport.is_empty() {
+            self.transport = other.transport;
+            self.fallback.clone_from(&other.fallback);
+        }
     }
 }
 
@@ -94,7 +101,11 @@ async fn all_lanes(
     };
     let until = until.context("no time was told")?;
     let mut lanes = together(lanes, async move |lane: &mut Lane| lane.measure(until).await).await?;
-    let mut seen = Seen::default();
+    let mut seen = Seen {
+        transport: channel.transport().name(),
+        fallback: channel.fallback_reason().map(str::to_owned),
+        ..Seen::default()
+    };
     if job.pattern.writes() {
         let begin = Instant::now();
         binding.flush().await?;

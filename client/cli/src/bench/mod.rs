@@ -133,7 +133,7 @@ async fn measure(open: &Open, made: bool, args: &Bench) -> anyhow::Result<Report
         anyhow::Ok(seen)
     };
     tokio::pin!(all_ended);
-    let seen = tokio::select! {
+    let mut seen = tokio::select! {
         ended = &mut all_ended => ended?,
         never = shown => match never {},
         // What was measured so far is told.
@@ -142,19 +142,19 @@ async fn measure(open: &Open, made: bool, args: &Bench) -> anyhow::Result<Report
             all_ended.await?
         }
     };
+    let cpu = report::cpu_time().saturating_sub(cpu);
     let elapsed = seen.ended.map_or(Duration::ZERO, |ended| ended - begin);
-    let channel = open.connect(transport).await?;
     Ok(Report {
         file: args.file.to_string(),
         pattern: args.rw,
-        transport: channel.transport().name(),
-        fallback: channel.fallback_reason().map(str::to_owned),
+        transport: seen.transport,
+        fallback: seen.fallback.take(),
         block: args.bs,
         depth: args.depth,
         jobs: args.jobs,
         size: all * block,
         elapsed,
-        cpu: report::cpu_time().saturating_sub(cpu),
+        cpu,
         seen,
     })
 }
