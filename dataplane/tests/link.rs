@@ -151,7 +151,7 @@ fn io_goes_on_while_control_is_away_and_the_next_one_is_told_of_the_bindings() {
 
 #[test]
 fn what_is_ending_is_told_so_and_confirmed_and_what_ended_is_not_told() {
-    let (running, link) = running("stuck_ms = 20000\nfence_ms = 6000\n");
+    let (running, link) = running("stuck_ms = 60000\nfence_ms = 60000\n");
     let (open, other) = (an_open(&pattern(4 << 20, 1)), an_open(b"abc"));
     let mut slow = connect(&running.ready);
     let binding = bind(&mut slow, &link, &open, 1);
@@ -163,10 +163,18 @@ fn what_is_ending_is_told_so_and_confirmed_and_what_ended_is_not_told() {
     for _ in 0..32 {
         slow.send_io(Opcode::Read, binding, 0, 4 << 20, slow.descriptor());
     }
-    std::thread::sleep(Duration::from_millis(200));
+    eventually("the reads are taken", || gauge(&link, "requests_read_total") == 32);
+    // What the sockets between hold is soon full.
+    eventually("nothing moves", || {
+        let before = gauge(&link, "bytes_read_total");
+        std::thread::sleep(Duration::from_millis(500));
+        gauge(&link, "bytes_read_total") == before
+    });
+    assert!(gauge(&link, "requests_in_flight") > 0);
     let slow_fence = fence(1, Status::SessionGone);
     send(&link, &ToDataplane::Fence(slow_fence), None);
-    std::thread::sleep(Duration::from_millis(100));
+    // One after the other: the answer says that the fence was read too.
+    assert_eq!(gauge(&link, "bindings"), 3);
     // Nobody listens: what ends now is told to nobody.
     let Running { directory, control, ready: _, process: _process } = running;
     let path = directory.path().join("link.sock");
@@ -179,6 +187,7 @@ fn what_is_ending_is_told_so_and_confirmed_and_what_ended_is_not_told() {
     let ending: Vec<u64> =
         held.iter().filter(|(held, _)| held.ending).map(|(held, _)| held.binding.0).collect();
     assert_eq!(ending, [1]);
+    drop(slow);
     assert_eq!(receive(&link), ToControl::Fenced(slow_fence), "its end is told to who is there now");
     assert_eq!(staying.read(kept, 0, 3).0, Status::Ok);
     assert!(!lock_is_free(directory.path()), "it holds its lock all the time");
