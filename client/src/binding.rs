@@ -157,30 +157,38 @@ impl Seat {
         self.channel.piece_max(self.core.policy.covers_payload())
     }
 
-    /// Puts one piece in flight; a write only if it is admitted when its turn has come.
+    /// Puts one piece in flight; a write only if it is admitted when its turn has come. `prompt`: as for
+    /// [`Shared::submit_if`].
     pub(crate) async fn submit(
         &self,
         piece: &Piece,
+        prompt: bool,
         admits: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<Reply> {
         let length =
             u32::try_from(piece.length).map_err(|_| Error::Internal("a checked piece is too long"))?;
-        if piece.write { self.write(piece, length, admits).await } else { self.read(piece, length).await }
+        if piece.write {
+            self.write(piece, length, prompt, admits).await
+        } else {
+            self.read(piece, length, prompt).await
+        }
     }
 
-    async fn read(&self, piece: &Piece, length: u32) -> Result<Reply> {
+    async fn read(&self, piece: &Piece, length: u32, prompt: bool) -> Result<Reply> {
         let (channel, region) = (&self.channel, &piece.region);
         let registration = region.registration(channel)?;
         let remote = part(&registration, piece.start, length)?;
         let purpose =
             Purpose::Read { region: region.clone(), start: piece.start, length, _registration: registration };
-        channel.submit(Some(&self.core), Request::Read { offset: piece.offset, remote }, purpose).await
+        let request = Request::Read { offset: piece.offset, remote };
+        channel.submit_if(Some(&self.core), request, purpose, prompt, &|| Ok(())).await
     }
 
     async fn write(
         &self,
         piece: &Piece,
         length: u32,
+        prompt: bool,
         admits: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<Reply> {
         let (channel, region, start) = (&self.channel, &piece.region, piece.start);
@@ -199,7 +207,7 @@ impl Seat {
         };
         let request = Request::Write { offset: piece.offset, length, source };
         let purpose = Purpose::Write { length, _fetched: fetched };
-        channel.submit_if(Some(&self.core), request, purpose, admits).await
+        channel.submit_if(Some(&self.core), request, purpose, prompt, admits).await
     }
 }
 
@@ -262,7 +270,7 @@ impl Binding {
         range: Range<usize>,
         file_offset: u64,
     ) -> Result<InFlight> {
-        self.submit(region, range, file_offset, false).await
+        self.submit(region, range, file_offset, false, false).await
     }
 
     /// Puts one write in flight: the bytes of `range` go to the file from `file_offset` on. The server fetches them, and
@@ -276,7 +284,7 @@ impl Binding {
         range: Range<usize>,
         file_offset: u64,
     ) -> Result<InFlight> {
-        self.submit(region, range, file_offset, true).await
+        self.submit(region, range, file_offset, true, false).await
     }
 
     async fn submit(
@@ -285,6 +293,7 @@ impl Binding {
         range: Range<usize>,
         file_offset: u64,
         write: bool,
+        prompt: bool,
     ) -> Result<InFlight> {
         let inner = &self.inner;
         // Shut while the file is found changed, or the open is over.
@@ -306,7 +315,7 @@ impl Binding {
             Some(Err(error)) => Err(error),
             _ => Ok(()),
         };
-        let submitted = seat.submit(&piece, &admits).await;
+        let submitted = seat.submit(&piece, prompt, &admits).await;
         let again = Again { binding: Arc::clone(inner), seat, piece, begun };
         match submitted {
             Ok(reply) => Ok(InFlight::new(reply, again)),
@@ -337,17 +346,17 @@ impl Binding {
     async fn in_pieces(&self, region: &Region, range: Range<usize>, at: u64, write: bool) -> Result<usize> {
         let length = region.check(&range)?;
         ByteRange::new(at, length as u64).map_err(|error| Error::Usage(error.to_string()))?;
-        let submit = async |start: usize| loop {
+        let submit = async |start: usize, prompt: bool| loop {
             let part = start..range.end.min(start + self.piece_max());
             let (wanted, offset) = (part.len(), at + (start - range.start) as u64);
-            match self.submit(region, part, offset, write).await {
+            match self.submit(region, part, offset, write, prompt).await {
                 // Bound again this very moment, to a server that takes less at once.
                 Err(Error::Usage(_)) if wanted > self.piece_max() => {}
                 submitted => return Ok::<_, Error>((wanted, submitted?)),
             }
         };
         if length <= self.piece_max() {
-            let (wanted, request) = submit(range.start).await?;
+            let (wanted, request) = submit(range.start, true).await?;
             if wanted == length {
                 return request.await;
             }
@@ -358,7 +367,7 @@ impl Binding {
             let (mut next, mut total) = (range.start, 0);
             loop {
                 while next < range.end && in_flight.len() < PIECES_MAX {
-                    let (wanted, request) = submit(next).await?;
+                    let (wanted, request) = submit(next, false).await?;
                     in_flight.push_back((wanted, request));
                     next += wanted;
                 }

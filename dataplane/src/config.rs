@@ -143,6 +143,9 @@ pub struct EngineConfig {
     /// Rounds without work before a worker sleeps. Default 32; 0 sleeps at once. Bounds the spinning, so that an idle
     /// server uses no processor.
     pub spin_rounds: u32,
+    /// Longest time a worker looks for work before it sleeps where looking is cheap (verbs), microseconds. Default 100. It
+    /// looks only as long as that has paid off lately: an idle server uses no processor all the same. 0: not at all.
+    pub spin_us_max: u64,
     /// Jobs that may wait for a storage thread before they wait at their workers. Default 4096.
     pub storage_queue: usize,
     /// Fetches of one write that are under way together. Default 4.
@@ -159,6 +162,7 @@ impl Default for EngineConfig {
             message_pool_bytes: 64 << 20,
             credits: 64,
             spin_rounds: 32,
+            spin_us_max: 100,
             storage_queue: 4096,
             fetches: 4,
         }

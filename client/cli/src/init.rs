@@ -184,6 +184,8 @@ const DATAPLANE_TUNING: &str = "
 #credits = 64
 # Rounds without work before a worker sleeps; 0 sleeps at once.
 #spin_rounds = 32
+# Longest time it looks for work before that over verbs, microseconds, as long as that pays off; 0: not at all.
+#spin_us_max = 100
 # Fetches of one write that are under way together.
 #fetches = 4
 

@@ -1,5 +1,6 @@
 //! The task that sleeps on the wake descriptor, and drains the channel when it wakes.
 
+use super::prompt::WATCH;
 use super::{Facts, Shared, State};
 use crate::error::{Error, Result};
 use holdfast_transport::Channel;
@@ -52,20 +53,33 @@ impl Wake {
         }
     }
 
-    /// Drains the channel at each edge, until it ends or its last user has gone.
+    /// Drains the channel at each edge, until it ends or its last user has gone; and looks after it while it may not be
+    /// armed.
     pub(super) fn drive(self, shared: &Arc<Shared>, mut stopped: oneshot::Receiver<()>) {
-        let weak = Arc::downgrade(shared);
+        let (weak, watch) = (Arc::downgrade(shared), Arc::clone(&shared.watch));
         tokio::spawn(async move {
+            let mut watching = false;
             loop {
+                let tick =
+                    async { if watching { tokio::time::sleep(WATCH).await } else { watch.notified().await } };
                 let edge = tokio::select! {
                     biased;
                     _ = &mut stopped => return,
-                    edge = self.edge() => edge,
+                    edge = self.edge() => Some(edge),
+                    () = tick => None,
                 };
                 let Some(shared) = weak.upgrade() else { return };
                 let mut state = shared.state.lock();
-                if let Err(error) = edge {
-                    state.fail(crate::Ended::Transport(error.to_string()), &shared.credits);
+                match edge {
+                    Some(Ok(())) => {}
+                    Some(Err(error)) => {
+                        state.fail(crate::Ended::Transport(error.to_string()), &shared.credits);
+                    }
+                    None if watching && state.prompt.is_quiet() => watching = false,
+                    None => {
+                        watching = true;
+                        continue;
+                    }
                 }
                 state.drain(&shared.credits);
                 if state.ended.is_some() {

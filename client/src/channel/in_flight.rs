@@ -4,6 +4,7 @@
 //! that memory is never freed, or withdrawn, under the device.
 
 use super::Shared;
+use super::prompt::Look;
 use super::request::Done;
 use super::state::index;
 use crate::error::{Error, Result};
@@ -18,11 +19,13 @@ pub(crate) struct Reply {
     channel: Arc<Shared>,
     /// `None` once collected.
     number: Option<u32>,
+    /// Its answer is looked for before anybody sleeps.
+    look: Option<Look>,
 }
 
 impl Reply {
-    pub(super) fn new(channel: Arc<Shared>, number: u32) -> Self {
-        Self { channel, number: Some(number) }
+    pub(super) fn new(channel: Arc<Shared>, number: u32, look: Option<Look>) -> Self {
+        Self { channel, number: Some(number), look }
     }
 
     /// What it came to.
@@ -39,6 +42,9 @@ impl Reply {
         let Some(number) = self.number else {
             return Poll::Ready(Err(Error::Internal("a reply was collected twice")));
         };
+        if let Some(look) = &mut self.look {
+            look.take(&self.channel, number);
+        }
         let mut state = self.channel.state.lock();
         let Some(slot) = state.slot(number) else {
             return Poll::Ready(Err(Error::Internal("a request's slot is gone")));
@@ -51,6 +57,9 @@ impl Reply {
             return Poll::Pending;
         };
         state.slots.remove(index(number));
+        if let Some(look) = &self.look {
+            look.ended(&mut state);
+        }
         self.number = None;
         Poll::Ready(outcome.map_err(Error::from))
     }
@@ -62,7 +71,8 @@ impl Drop for Reply {
             let mut state = self.channel.state.lock();
             state.abandon(number);
             // An abandoned bind may have succeeded already: its binding is given back.
-            if !state.unbinds.is_empty() {
+            // And what was to be looked for is left to the driver.
+            if !state.unbinds.is_empty() || self.look.as_ref().is_some_and(Look::is_due) {
                 state.drain(&self.channel.credits);
             }
         }

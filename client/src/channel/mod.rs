@@ -14,16 +14,19 @@
 //! | `request` | what can be asked, and how it becomes a frame |
 //! | `state` | what the lock guards: slots, sequence numbers, the transport; draining it; its end |
 //! | `reply` | what arrives: checked, and matched with its slot |
+//! | `prompt` | answers that are looked for instead of slept for |
 //! | `in_flight` | the future a caller waits on; what happens when it is dropped |
 //! | `driver` | the task that sleeps on the wake descriptor |
 //!
 //! Whoever drains follows the transport's rule under the lock: poll until it yields nothing, arm, and repeat if
 //! that says something came meanwhile. So whenever the lock is free, the transport is armed, and the next event
-//! makes an edge on the wake descriptor, on which the driver always waits: no wake-up is lost.
+//! makes an edge on the wake descriptor, on which the driver always waits: no wake-up is lost. (For the one exception, and
+//! what bounds it, see `prompt`.)
 
 mod driver;
 pub(crate) mod home;
 mod in_flight;
+mod prompt;
 mod reply;
 pub(crate) mod request;
 mod state;
@@ -41,13 +44,14 @@ use holdfast_transport::{Capabilities, Channel, Registrar, Setup};
 use holdfast_verbs::memory::Pool;
 pub(crate) use in_flight::Reply;
 use parking_lot::Mutex;
+use prompt::Look;
 use request::{Purpose, Request};
 use state::{Sent, State};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 /// Longest frame a server sends: a bind reply is 168 bytes.
 const REPLY_BYTES: usize = 512;
@@ -84,6 +88,8 @@ pub(crate) struct Shared {
     pub(crate) facts: Facts,
     capabilities: Capabilities,
     peer: SocketAddr,
+    /// Tells the driver to watch: see `prompt`.
+    watch: Arc<Notify>,
     /// Dropped with the channel: the driver ends.
     _driver: oneshot::Sender<()>,
 }
@@ -135,6 +141,7 @@ impl Shared {
             bounces: Arc::new(Semaphore::new(BOUNCES_MAX)),
             idle_bounces: Arc::new(Mutex::new(Vec::new())),
             facts,
+            watch: Arc::default(),
             _driver: stop,
         });
         wake.drive(&shared, stopped);
@@ -167,20 +174,22 @@ impl Shared {
         request: Request<'_>,
         purpose: Purpose,
     ) -> Result<Reply> {
-        self.submit_if(binding, request, purpose, &|| Ok(())).await
+        self.submit_if(binding, request, purpose, false, &|| Ok(())).await
     }
 
-    /// As [`Shared::submit`], if the request is still admitted when its turn has come.
+    /// As [`Shared::submit`], if the request is still admitted when its turn has come. `prompt`: the caller is going to
+    /// wait for this one at once, and for nothing else.
     pub(crate) async fn submit_if(
         self: &Arc<Self>,
         binding: Option<&Arc<BindingCore>>,
         request: Request<'_>,
         purpose: Purpose,
+        prompt: bool,
         admits: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<Reply> {
         let credit = self.credits.acquire().await.map_err(|_| self.ended())?;
         let mut purpose = Some(purpose);
-        let number = std::future::poll_fn(|cx| {
+        let (number, look) = std::future::poll_fn(|cx| {
             if let Some(status) = binding.and_then(|binding| binding.fenced()) {
                 return Poll::Ready(Err(Error::refused(status)));
             }
@@ -192,10 +201,22 @@ impl Shared {
             if matches!(sent, Ok(Sent::NoRoom)) {
                 state.room.push(cx.waker().clone());
             }
+            let alone = state.slots.len() == 1;
+            let budget = match sent {
+                Ok(Sent::Number(_)) => state.prompt.sent(prompt, alone),
+                _ => None,
+            };
             // Pushes the frame out; and makes room, if there was none.
-            state.drain(&self.credits);
+            if budget.is_some() {
+                state.collect(&self.credits);
+                if state.prompt.leaves() {
+                    self.watch.notify_one();
+                }
+            } else {
+                state.drain(&self.credits);
+            }
             match sent {
-                Ok(Sent::Number(number)) => Poll::Ready(Ok(number)),
+                Ok(Sent::Number(number)) => Poll::Ready(Ok((number, budget.map(Look::new)))),
                 Ok(Sent::NoRoom) => Poll::Pending,
                 // What has just been drained may say more about the end than the transport knew.
                 Err(error @ Error::Ended { .. }) => {
@@ -207,7 +228,7 @@ impl Shared {
         .await?;
         // The reply gives it back.
         credit.forget();
-        Ok(Reply::new(Arc::clone(self), number))
+        Ok(Reply::new(Arc::clone(self), number, look))
     }
 
     /// Gives a binding back without waiting, as soon as a credit is free.

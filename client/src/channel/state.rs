@@ -1,6 +1,7 @@
 //! [`State`]: what the channel's lock guards.
 
 use super::Facts;
+use super::prompt::Prompt;
 use super::request::{Done, Failure, Purpose, Request};
 use crate::bind::BindingCore;
 use crate::error::{Ended, Error, Result};
@@ -53,14 +54,17 @@ pub(crate) struct State {
     /// Bindings whose owner has gone.
     pub(super) unbinds: VecDeque<Arc<BindingCore>>,
     pub(super) scratch: Vec<u8>,
+    pub(super) prompt: Prompt,
     pub(super) ended: Option<Ended>,
 }
 
 impl State {
     pub(super) fn new(channel: Box<dyn Channel>, frames: Pool, credits_max: usize) -> Self {
+        let prompt = Prompt::new(channel.capabilities().cheap_poll);
         Self {
             channel,
             frames,
+            prompt,
             done: Vec::with_capacity(credits_max),
             slots: Slab::with_capacity(credits_max),
             serial: 0,
@@ -143,7 +147,8 @@ impl State {
         }
     }
 
-    fn collect(&mut self, credits: &Semaphore) {
+    /// Pushes out what was submitted, and takes what has come.
+    pub(super) fn collect(&mut self, credits: &Semaphore) {
         let mut done = std::mem::take(&mut self.done);
         while self.channel.poll(&mut done) > 0 {
             for completion in done.drain(..) {

@@ -103,7 +103,7 @@ impl Again {
                 offset: piece.offset + *done as u64,
                 write: piece.write,
             };
-            let count = self.seat.submit(&part, admits).await?.count().await?;
+            let count = self.seat.submit(&part, false, admits).await?.count().await?;
             *done += count;
             if count < wanted {
                 break;

@@ -139,6 +139,7 @@ pub(crate) struct Conn {
     pub(super) depth: usize,
     /// Longest Place or Fetch the transport does.
     pub(super) transfer_max: usize,
+    cheap: bool,
     pub(super) storage_ops: usize,
     /// Bulk buffers it has.
     pub(super) held: usize,
@@ -187,6 +188,7 @@ impl Conn {
             ops: 0,
             depth: capabilities.depth.min(2 * credits + RESERVE),
             transfer_max: capabilities.transfer_bytes_max,
+            cheap: capabilities.cheap_poll,
             storage_ops: 0,
             held: 0,
             stuck_by: None,
@@ -242,6 +244,11 @@ impl Conn {
 
     pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.transport.wake_fd()
+    }
+
+    /// True if polling it in vain makes no system call.
+    pub(crate) fn polls_cheaply(&self) -> bool {
+        self.cheap
     }
 
     /// Polls the transport once and takes what came. True if something did.

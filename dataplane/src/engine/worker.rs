@@ -4,7 +4,7 @@
 //!    ┌► letters, storage results ─► poll hot channels ─► turns: each channel with work, round robin ─┐
 //!    │                                                                                              │
 //!    └──────────────────────────────── something was done ◄─────────────────────────────────────────┤
-//!    ▲                                                                   nothing for `spin_rounds`  ▼
+//!    ▲                                                       nothing for as long as it may spin  ▼
 //!    └──── wake-up ◄── epoll_wait, until the earliest deadline ◄── all armed and idle ◄── arm hot channels
 //! ```
 //!
@@ -19,7 +19,7 @@ use super::restrict::Restriction;
 use crate::engine::bind::Redemption;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::link::Fence;
-use holdfast_transport::{Armed, Channel, Completion};
+use holdfast_transport::{Armed, Channel, Completion, Spin};
 use rustix::event::{Timespec, epoll};
 use slab::Slab;
 use std::collections::VecDeque;
@@ -31,8 +31,25 @@ use std::time::{Duration, Instant};
 
 const INBOX_EVENT: u64 = u64::MAX;
 const EVENTS_MAX: usize = 256;
+/// Rounds after which the clock is read again: reading it costs as much as all else in a round that finds nothing, where it
+/// is a system call. Deadlines are milliseconds.
+const CLOCK_ROUNDS: u32 = 16;
+/// Idle rounds after which others may run on this processor: what is waited for may need it. (Soft-RoCE does its work in
+/// kernel threads, which do not interrupt a program that only computes.)
+const YIELD_ROUNDS: u32 = 8;
 /// While jobs wait for room in the storage queue nobody wakes the worker for it: it looks again after this.
 const STORAGE_RETRY: Duration = Duration::from_millis(1);
+
+/// Whether a worker without work still looks for some.
+#[derive(Default)]
+enum Looking {
+    #[default]
+    NotYet,
+    /// Since then, for so long. Stays so when it sleeps: how long the whole wait took tells how to go on.
+    Since(Instant, Duration),
+    /// Not in this wait.
+    InVain,
+}
 
 pub(crate) struct Worker {
     cx: Cx,
@@ -49,6 +66,8 @@ pub(crate) struct Worker {
     /// No deadline is earlier than this.
     deadline: Option<Instant>,
     stop_by: Option<Instant>,
+    /// How long to look for work on channels where looking is cheap.
+    spin: Spin,
 }
 
 impl Worker {
@@ -57,6 +76,7 @@ impl Worker {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, inbox.fd(), epoll::EventData::new_u64(INBOX_EVENT), flags)?;
         let room = cx.settings.limits.channels_max.min(4096);
+        let spin = Spin::new(Duration::from_micros(cx.settings.engine.spin_us_max));
         Ok(Self {
             cx,
             inbox,
@@ -69,6 +89,7 @@ impl Worker {
             completions: Vec::with_capacity(1024),
             deadline: None,
             stop_by: None,
+            spin,
         })
     }
 
@@ -76,6 +97,7 @@ impl Worker {
     pub(crate) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let mut idle = 0;
+        let mut looking = Looking::NotYet;
         // Counted here and told now and then: all workers share that cache line.
         let mut polls = 0;
         loop {
@@ -83,7 +105,9 @@ impl Worker {
             if polls == 64 {
                 self.cx.gauges.polls_total.add(std::mem::take(&mut polls));
             }
-            self.cx.now = Instant::now();
+            if polls % u64::from(CLOCK_ROUNDS) == 0 {
+                self.cx.now = Instant::now();
+            }
             let mut busy = self.letters();
             busy |= self.storage();
             busy |= self.poll();
@@ -93,11 +117,18 @@ impl Worker {
                 return;
             }
             if busy {
+                if let Looking::Since(since, _) = std::mem::take(&mut looking) {
+                    self.cx.now = Instant::now();
+                    self.spin.ended(self.cx.now - since);
+                }
                 idle = 0;
                 continue;
             }
             idle += 1;
-            if idle <= self.cx.settings.engine.spin_rounds {
+            if idle <= self.cx.settings.engine.spin_rounds || self.may_look(idle, &mut looking) {
+                if idle % YIELD_ROUNDS == 0 {
+                    std::thread::yield_now();
+                }
                 std::hint::spin_loop();
                 continue;
             }
@@ -110,6 +141,22 @@ impl Worker {
                     crate::fault::fatal("a worker cannot wait for events", &error);
                 }
                 idle = 0;
+                self.cx.now = Instant::now();
+            }
+        }
+    }
+
+    /// True as long as looking for work is worth more than sleeping.
+    fn may_look(&mut self, round: u32, looking: &mut Looking) -> bool {
+        match looking {
+            Looking::Since(since, budget) => round % CLOCK_ROUNDS != 0 || since.elapsed() < *budget,
+            Looking::InVain => false,
+            Looking::NotYet => {
+                let conns = &self.conns;
+                let cheap = |index: &usize| conns.get(*index).is_some_and(Conn::polls_cheaply);
+                let budget = self.hot.iter().any(cheap).then(|| self.spin.begin()).flatten();
+                *looking = budget.map_or(Looking::InVain, |budget| Looking::Since(Instant::now(), budget));
+                budget.is_some()
             }
         }
     }

@@ -137,6 +137,8 @@ pub struct Capabilities {
     pub depth: usize,
     /// True if Place and Fetch move bytes without either CPU touching them.
     pub zero_copy: bool,
+    /// True if a `poll` that finds nothing makes no system call: looking for a while is then cheaper than sleeping.
+    pub cheap_poll: bool,
 }
 
 /// The answer of [`Channel::arm`].

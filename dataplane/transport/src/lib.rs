@@ -22,6 +22,7 @@ mod admission;
 mod channel;
 pub mod memory;
 mod region_table;
+mod spin;
 mod stopper;
 pub mod tcp;
 pub mod verbs;
@@ -31,3 +32,4 @@ pub use channel::{
     Registrar, Registration, Rejected, RemoteAccess, Setup, SubmitError,
 };
 pub use holdfast_shared::types::RegionDescriptor;
+pub use spin::Spin;

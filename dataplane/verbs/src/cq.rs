@@ -7,8 +7,12 @@
 //!   arm() ──► entries that came in between? ──yes──► poll again
 //!                 │no
 //!                 ▼
-//!   sleep until the descriptor is readable
+//!   sleep until the descriptor has an edge
 //! ```
+//!
+//! Through the kernel's verbs, asking for an event and reading one are a system call each, which cost more than all else
+//! of a small request. So a queue that is armed and has yielded nothing since is not armed again, and events are read
+//! only when many may have gathered: who sleeps on edges has no use for them.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -20,12 +24,18 @@ use crate::gauges::COMPLETION_QUEUES;
 
 /// Entries fetched in one call.
 const POLL_BATCH: u8 = 16;
+/// Events that may gather in the kernel before they are read.
+const UNREAD_MAX: u32 = 64;
 
 /// One queue with a completion channel of its own. Serves one queue pair, whose depths it has room for: so it can't
 /// overrun.
 pub(crate) struct CompletionQueue {
     cq: *mut ffi::ibv_cq,
     channel: *mut ffi::ibv_comp_channel,
+    /// Asked for an event, and no entry seen since: should one have come, its event is under way.
+    armed: bool,
+    /// Times armed since the events were last read: so many there may be.
+    unread: u32,
     /// Events received and not acknowledged: the library wants that before it destroys the queue.
     unacknowledged: u32,
     /// Where entries are fetched to. Initialised once: of a failed request the device fills in only some fields.
@@ -55,7 +65,15 @@ impl CompletionQueue {
         COMPLETION_QUEUES.add(1);
         // SAFETY: plain C structures of integers; all zeroes is a value of them.
         let entries = Box::new(unsafe { std::mem::zeroed() });
-        let queue = Self { cq, channel, unacknowledged: 0, entries, _device: Arc::clone(device) };
+        let queue = Self {
+            cq,
+            channel,
+            armed: false,
+            unread: 0,
+            unacknowledged: 0,
+            entries,
+            _device: Arc::clone(device),
+        };
         set_nonblocking(queue.fd()).map_err(|source| VerbsError::call("fcntl", source))?;
         Ok(queue)
     }
@@ -64,7 +82,7 @@ impl CompletionQueue {
         self.cq
     }
 
-    /// Readable after [`CompletionQueue::arm`], once an entry has come.
+    /// Has an edge after [`CompletionQueue::arm`], once an entry has come. Stays readable: events are read now and then.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the channel, and with it its descriptor, lives as long as self.
         unsafe { BorrowedFd::borrow_raw((*self.channel).fd) }
@@ -77,33 +95,49 @@ impl CompletionQueue {
         let Ok(count) = usize::try_from(count) else {
             return Err(VerbsError::call("ibv_poll_cq", std::io::Error::from_raw_os_error(libc::EIO)));
         };
+        if count > 0 {
+            self.armed = false;
+        }
         self.entries.iter().take(count).for_each(&mut handle);
         Ok(count)
     }
 
-    /// Empties the channel and asks for one event at the next entry. Entries that came before have to be polled
-    /// for afterwards.
+    /// Asks for one event at the next entry. Entries that came before have to be polled for afterwards.
     pub(crate) fn arm(&mut self) -> Result<(), VerbsError> {
+        if self.armed {
+            return Ok(());
+        }
+        if self.unread >= UNREAD_MAX {
+            self.read_events()?;
+        }
+        // SAFETY: the queue is alive.
+        ffi::check_errno(unsafe { ffi::ibv_req_notify_cq(self.cq, 0) })
+            .map_err(|source| VerbsError::call("ibv_req_notify_cq", source))?;
+        self.armed = true;
+        self.unread += 1;
+        Ok(())
+    }
+
+    /// Empties the channel. One that comes later belongs to an earlier request all the same: it makes its edge.
+    fn read_events(&mut self) -> Result<(), VerbsError> {
         loop {
             let mut cq = std::ptr::null_mut();
             let mut context = std::ptr::null_mut();
             // SAFETY: the channel is alive and non-blocking; both results outlive the call.
-            if unsafe { ffi::ibv_get_cq_event(self.channel, &raw mut cq, &raw mut context) } != 0 {
-                let error = std::io::Error::last_os_error();
-                match error.kind() {
-                    std::io::ErrorKind::WouldBlock => break,
-                    std::io::ErrorKind::Interrupted => continue,
-                    _ => return Err(VerbsError::call("ibv_get_cq_event", error)),
-                }
+            if unsafe { ffi::ibv_get_cq_event(self.channel, &raw mut cq, &raw mut context) } == 0 {
+                self.unacknowledged += 1;
+                continue;
             }
-            self.unacknowledged += 1;
-            if self.unacknowledged == 1024 {
-                self.acknowledge();
+            let error = std::io::Error::last_os_error();
+            match error.kind() {
+                std::io::ErrorKind::WouldBlock => break,
+                std::io::ErrorKind::Interrupted => {}
+                _ => return Err(VerbsError::call("ibv_get_cq_event", error)),
             }
         }
-        // SAFETY: the queue is alive.
-        ffi::check_errno(unsafe { ffi::ibv_req_notify_cq(self.cq, 0) })
-            .map_err(|source| VerbsError::call("ibv_req_notify_cq", source))
+        self.unread = 0;
+        self.acknowledge();
+        Ok(())
     }
 
     fn acknowledge(&mut self) {

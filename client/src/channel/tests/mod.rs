@@ -248,17 +248,60 @@ async fn changed_payloads_are_refused() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_fenced_binding_says_so() {
-    let world = World::new(Script { fence_after_bind: true, ..Script::default() }).await;
-    let binding = world.bind().await.unwrap();
+async fn until_fenced(binding: &Binding) {
     tokio::time::timeout(Duration::from_secs(10), async {
         while binding.fenced().is_none() {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     })
     .await
     .unwrap();
+}
+
+/// The memory transport is one that is looked at instead of slept for.
+#[tokio::test]
+async fn after_requests_that_were_looked_for_a_notice_is_heard_without_another_one() {
+    let world = World::new(Script { file: pattern(1000), ..Script::default() }).await;
+    let binding = world.bind().await.unwrap();
+    let region = Region::allocate(8).unwrap();
+    for _ in 0..3 {
+        while !world.channel.shared().state.lock().prompt.is_watched() {
+            assert_eq!(binding.read_at(&region, 0..8, 0).await.unwrap(), 8);
+        }
+        // Left alone, it is armed again; and looked at again when there is more to do.
+        tokio::time::timeout(Duration::from_secs(10), async {
+            while world.channel.shared().state.lock().prompt.is_watched() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await
+        .unwrap();
+    }
+    while !world.channel.shared().state.lock().prompt.is_watched() {
+        assert_eq!(binding.read_at(&region, 0..8, 0).await.unwrap(), 8);
+    }
+    world.change(|script| script.fence = true);
+    until_fenced(&binding).await;
+    // One that is dropped before it was looked for is answered all the same, and gives its place back.
+    let binding = world.bind().await.unwrap();
+    for _ in 0..100 {
+        let mut read = std::pin::pin!(binding.read_at(&region, 0..8, 0));
+        let _ = std::future::poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_ready())).await;
+    }
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while !world.channel.shared().state.lock().slots.is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fenced_binding_says_so() {
+    let world = World::new(Script { fence_after_bind: true, ..Script::default() }).await;
+    let binding = world.bind().await.unwrap();
+    until_fenced(&binding).await;
     assert_eq!(binding.read_vec(0, 1).await.unwrap_err().status(), Some(Status::Fenced));
     assert_eq!(world.channel.ended(), None);
 }

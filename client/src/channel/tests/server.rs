@@ -20,6 +20,8 @@ pub(crate) struct Script {
     pub(crate) gap: bool,
     pub(crate) wrong_digest: bool,
     pub(crate) fence_after_bind: bool,
+    /// All bindings are fenced now.
+    pub(crate) fence: bool,
     /// Requests are not answered while this is on.
     pub(crate) hold: bool,
     /// So many are, all the same.
@@ -133,6 +135,10 @@ impl Server {
                         _ => {}
                     }
                 }
+            }
+            if std::mem::take(&mut self.script.lock().fence) {
+                let all: Vec<u32> = self.keys.keys().copied().collect();
+                all.into_iter().for_each(|binding| self.fence(binding));
             }
             if self.script.lock().stop || self.channel.ended().is_some() {
                 return;
@@ -362,8 +368,12 @@ impl Server {
         self.keys.insert(number, secret.channel_keys(&answered));
         self.send(Opcode::BindReply, number, request, reply.as_bytes(), None);
         if self.script.lock().fence_after_bind {
-            let notice = data::Notice { status: Status::Fenced.number().into(), reserved: [0; 6] };
-            self.send(Opcode::Notice, number, 0, notice.as_bytes(), None);
+            self.fence(number);
         }
+    }
+
+    fn fence(&mut self, binding: u32) {
+        let notice = data::Notice { status: Status::Fenced.number().into(), reserved: [0; 6] };
+        self.send(Opcode::Notice, binding, 0, notice.as_bytes(), None);
     }
 }

@@ -68,6 +68,7 @@ fn half(setup: Setup) -> io::Result<(Side, Half)> {
         transfer_bytes_max: LENGTH_MAX,
         depth: setup.depth,
         zero_copy: false,
+        cheap_poll: true,
     };
     let mut admission = Admission::new(&setup, capabilities)?;
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);

@@ -76,6 +76,7 @@ impl TcpChannel {
             transfer_bytes_max: LENGTH_MAX,
             depth: setup.depth,
             zero_copy: false,
+            cheap_poll: false,
         };
         let mut admission = Admission::new(&setup, capabilities)?;
         let (operations, receives) = (admission.operations_reserve(), admission.receives_reserve());

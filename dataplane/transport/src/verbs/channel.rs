@@ -91,6 +91,7 @@ fn admit(mut setup: Setup, limits: DeviceLimits) -> io::Result<(Admission, Vec<(
         transfer_bytes_max: LENGTH_MAX,
         depth: setup.depth,
         zero_copy: true,
+        cheap_poll: true,
     };
     let mut admission = Admission::new(&setup, capabilities)?;
     for _ in &setup.receives {

@@ -8,8 +8,8 @@
 //!
 //! Receives are posted before the peer can send: a message never meets an empty queue.
 //!
-//! A connection is driven by one thread at a time: poll until nothing comes, arm, sleep until [`Connection::wake_fd`] is
-//! readable. When the peer goes, everything posted is flushed, which wakes the sleeper: keep a receive posted, always.
+//! A connection is driven by one thread at a time: poll until nothing comes, arm, sleep until [`Connection::wake_fd`] has
+//! an edge. When the peer goes, everything posted is flushed, which wakes the sleeper: keep a receive posted, always.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -298,7 +298,7 @@ impl Connection {
         self.qp.arm()
     }
 
-    /// Becomes readable when something completes after [`Connection::arm`]. The event is taken by the next `arm`.
+    /// Has an edge when something completes after [`Connection::arm`]; watch for edges only: it stays readable.
     pub fn wake_fd(&self) -> BorrowedFd<'_> {
         self.qp.wake_fd()
     }

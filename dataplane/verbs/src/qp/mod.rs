@@ -128,7 +128,7 @@ impl QueuePair {
         &self.domain
     }
 
-    /// Readable after [`QueuePair::arm`], once something has completed.
+    /// Has an edge after [`QueuePair::arm`], once something has completed.
     pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.cq.fd()
     }
