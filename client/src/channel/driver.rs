@@ -69,21 +69,31 @@ impl Wake {
                     () = tick => None,
                 };
                 let Some(shared) = weak.upgrade() else { return };
-                let mut state = shared.state.lock();
-                match edge {
-                    Some(Ok(())) => {}
-                    Some(Err(error)) => {
-                        state.fail(crate::Ended::Transport(error.to_string()), &shared.credits);
+                let gathers = {
+                    let mut state = shared.state.lock();
+                    match edge {
+                        Some(Ok(())) => {}
+                        Some(Err(error)) => {
+                            state.fail(crate::Ended::Transport(error.to_string()), &shared.credits);
+                        }
+                        None if watching && state.prompt.is_quiet() => watching = false,
+                        None => {
+                            watching = true;
+                            continue;
+                        }
                     }
-                    None if watching && state.prompt.is_quiet() => watching = false,
-                    None => {
-                        watching = true;
-                        continue;
+                    state.drain(&shared.credits);
+                    if state.ended.is_some() {
+                        return;
                     }
-                }
-                state.drain(&shared.credits);
-                if state.ended.is_some() {
-                    return;
+                    state.gather.begin()
+                };
+                if gathers {
+                    tokio::task::yield_now().await;
+                    let mut state = shared.state.lock();
+                    if state.gather.end() {
+                        state.push(&shared.credits);
+                    }
                 }
             }
         });

@@ -14,6 +14,7 @@
 //! | `request` | what can be asked, and how it becomes a frame |
 //! | `state` | what the lock guards: slots, sequence numbers, the transport; draining it; its end |
 //! | `reply` | what arrives: checked, and matched with its slot |
+//! | `gather` | requests that go out together |
 //! | `prompt` | answers that are looked for instead of slept for |
 //! | `in_flight` | the future a caller waits on; what happens when it is dropped |
 //! | `driver` | the task that sleeps on the wake descriptor |
@@ -24,6 +25,7 @@
 //! what bounds it, see `prompt`.)
 
 mod driver;
+mod gather;
 pub(crate) mod home;
 mod in_flight;
 mod prompt;
@@ -206,14 +208,15 @@ impl Shared {
                 Ok(Sent::Number(_)) => state.prompt.sent(prompt, alone),
                 _ => None,
             };
+            let waits = matches!(sent, Ok(Sent::Number(_))) && budget.is_none() && state.gather.takes();
             // Pushes the frame out; and makes room, if there was none.
             if budget.is_some() {
                 state.collect(&self.credits);
                 if state.prompt.leaves() {
                     self.watch.notify_one();
                 }
-            } else {
-                state.drain(&self.credits);
+            } else if !waits {
+                state.push(&self.credits);
             }
             match sent {
                 Ok(Sent::Number(number)) => Poll::Ready(Ok((number, budget.map(Look::new)))),

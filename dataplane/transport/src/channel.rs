@@ -170,6 +170,12 @@ pub trait Channel: Send {
     /// Pushes out what was submitted, collects what is done, and appends it to `done`. Returns how many.
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize;
 
+    /// Pushes out what was submitted, and does not look for what has come. True if all that remains will be told by the wake
+    /// descriptor, should the channel be armed; false: `poll`. An armed channel stays armed.
+    fn push(&mut self) -> bool {
+        false
+    }
+
     /// Asks for a wake-up. See the module's text.
     fn arm(&mut self) -> Armed;
 

@@ -263,6 +263,21 @@ impl Channel for TcpChannel {
         count
     }
 
+    fn push(&mut self) -> bool {
+        if self.end.is_some() {
+            return false;
+        }
+        match self.send() {
+            // What the socket does not take now makes an edge when it does.
+            Ok(_) => true,
+            Err(ending) => {
+                let said = self.last_words();
+                self.finish(said.unwrap_or(ending));
+                false
+            }
+        }
+    }
+
     fn arm(&mut self) -> Armed {
         if !self.ready.is_empty() {
             return Armed::Pending;

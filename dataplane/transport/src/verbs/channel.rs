@@ -187,7 +187,7 @@ impl VerbsChannel {
     }
 
     /// Hands what was submitted to the device, with as few doorbells as there can be.
-    fn push(&mut self) {
+    fn post(&mut self) {
         let last = self.outgoing.len().saturating_sub(1);
         for (index, request) in self.outgoing.iter_mut().enumerate() {
             request.signaled = index == last
@@ -338,7 +338,7 @@ impl Channel for VerbsChannel {
 
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
         if !self.outgoing.is_empty() {
-            self.push();
+            self.post();
         }
         self.collect();
         if self.end.is_none() && self.connection.is_disconnected() {
@@ -351,6 +351,13 @@ impl Channel for VerbsChannel {
             done.push(completion);
         }
         count
+    }
+
+    fn push(&mut self) -> bool {
+        if !self.outgoing.is_empty() {
+            self.post();
+        }
+        self.end.is_none() && self.ready.is_empty() && self.outgoing.is_empty()
     }
 
     fn arm(&mut self) -> Armed {

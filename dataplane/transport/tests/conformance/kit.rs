@@ -173,6 +173,15 @@ impl End {
         self.channel.ended().is_some()
     }
 
+    /// Sleeps until the wake descriptor has an edge, and looks at nothing.
+    #[track_caller]
+    pub(crate) fn sleep(&self) {
+        let time = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+        let ready = rustix::event::poll(&mut [PollFd::new(&self.epoll, PollFlags::IN)], Some(&time)).unwrap();
+        assert!(ready > 0, "timed out: no edge came");
+        self.drain_epoll();
+    }
+
     fn drain_epoll(&self) {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 4];

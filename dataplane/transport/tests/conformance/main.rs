@@ -88,6 +88,7 @@ suite! {
         eight_channels_at_once,
     };
     waking::{
+        what_is_pushed_goes_out_and_the_answer_still_wakes,
         two_sleepers_never_miss_each_other,
         bursts_between_sleepers_are_never_lost,
         sleepers_that_move_bulk_both_ways_never_miss_each_other,

@@ -1,7 +1,7 @@
 //! Both sides sleep whenever they may, on threads of their own. A lost wake-up hangs one of them.
 
 use crate::kit::*;
-use holdfast_transport::{Kind, Operation, RemoteAccess};
+use holdfast_transport::{Armed, Kind, Operation, RemoteAccess};
 
 pub(crate) fn two_sleepers_never_miss_each_other<F: Fabric>() {
     const ROUNDS: u64 = 2000;
@@ -23,6 +23,49 @@ pub(crate) fn two_sleepers_never_miss_each_other<F: Fabric>() {
         client.send(round, &round.to_le_bytes());
         let received = client.next_of(Kind::Recv);
         assert_eq!(received.buffer[..8], round.to_le_bytes());
+        client.submit(received.token, Operation::Recv { buffer: received.buffer });
+    }
+    drop(client);
+    echo.join().unwrap();
+}
+
+/// An armed end that only pushes, and looks for what has come at no time but after an edge.
+pub(crate) fn what_is_pushed_goes_out_and_the_answer_still_wakes<F: Fabric>() {
+    const ROUNDS: u64 = 500;
+    let (mut client, mut server) = ends::<F>(Sizes::default(), 4);
+    let echo = std::thread::spawn(move || {
+        for _ in 0..ROUNDS {
+            let received = server.next_of(Kind::Recv);
+            server.submit(received.token, Operation::Recv { buffer: received.buffer });
+            server.send(0, b"an answer");
+            server.pump();
+        }
+        drive(&mut [&mut server], |ends| ends[0].has_ended());
+    });
+    for round in 0..ROUNDS {
+        loop {
+            client.pump();
+            if client.channel.arm() == Armed::Idle {
+                break;
+            }
+        }
+        client.done.clear();
+        client.send(round, b"a question");
+        // One that can't says so: then the rule of polling and arming holds.
+        if !client.channel.push() {
+            drive(&mut [&mut client], |ends| ends[0].count(Kind::Recv) > 0);
+        }
+        while client.count(Kind::Recv) == 0 {
+            client.sleep();
+            loop {
+                client.pump();
+                if client.channel.arm() == Armed::Idle {
+                    break;
+                }
+            }
+        }
+        let received = client.done.drain(..).find(|done| done.kind == Kind::Recv).unwrap();
+        assert_eq!(&received.buffer[..9], b"an answer");
         client.submit(received.token, Operation::Recv { buffer: received.buffer });
     }
     drop(client);
