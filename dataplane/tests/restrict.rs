@@ -171,8 +171,9 @@ fn lck_09_a_peer_that_holds_up_a_restriction_is_cut_off() {
 
 #[test]
 fn a_slow_peer_that_makes_progress_is_not_cut_off() {
+    const PIECES: u32 = 12;
     let rig = Rig::with(|s| {
-        s.limits.fence_ms = 1000;
+        s.limits.fence_ms = 2000;
         s.engine.fetches = 1;
         s.engine.buffer_bytes = 4096;
     });
@@ -180,28 +181,21 @@ fn a_slow_peer_that_makes_progress_is_not_cut_off() {
     let open = rig.open(b"");
     let binding = client.bind(&open).unwrap();
     faults.hold(Kind::Fetch);
-    let part = client.descriptor().part(0, 10 * 4096).unwrap();
-    let write = client.send_io(Opcode::Write, binding, 0, 10 * 4096, part);
-    let held = |client: &mut Client| {
-        client.pump();
-        faults.held() >= 1
-    };
-    eventually("a fetch is under way", || held(&mut client));
-    let told = restrict(&rig, open.id, 1, vec![]);
-    // Each piece takes less than the limit, all of them together far more.
-    for _ in 0..10 {
-        std::thread::sleep(Duration::from_millis(250));
-        let before = faults.effects();
-        faults.release(Kind::Fetch);
-        eventually("a piece", || {
+    let part = client.descriptor().part(0, PIECES * 4096).unwrap();
+    let write = client.send_io(Opcode::Write, binding, 0, PIECES * 4096, part);
+    let mut told = None;
+    // Each piece takes less than the limit, all of them together more.
+    for _ in 0..PIECES {
+        eventually("a fetch is under way", || {
             client.pump();
-            faults.effects() > before
+            faults.held() >= 1
         });
-        faults.hold(Kind::Fetch);
+        told.get_or_insert_with(|| restrict(&rig, open.id, 1, vec![]));
+        std::thread::sleep(Duration::from_millis(250));
+        faults.step(Kind::Fetch);
     }
-    faults.release(Kind::Fetch);
-    assert_eq!(client.answer(write), (Status::Ok, 10 * 4096));
-    eventually("restricted", || rig.control.told() == [told]);
+    assert_eq!(client.answer(write), (Status::Ok, PIECES * 4096));
+    eventually("restricted", || rig.control.told() == [told.unwrap()]);
 }
 
 #[test]

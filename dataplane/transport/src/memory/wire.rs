@@ -117,6 +117,15 @@ enum Step {
 }
 
 impl Wire {
+    fn set_hold(&mut self, kind: Kind, hold: bool) {
+        match kind {
+            Kind::Place => self.hold_place = hold,
+            Kind::Fetch => self.hold_fetch = hold,
+            Kind::Send | Kind::Recv => {}
+        }
+        self.advance();
+    }
+
     pub(super) fn new(sides: [Side; 2]) -> Self {
         Self { sides, hold_place: false, hold_fetch: false, effects: 0, drop_at: None }
     }
@@ -261,14 +270,15 @@ impl Faults {
         self.set(kind, false);
     }
 
-    fn set(&self, kind: Kind, hold: bool) {
+    /// Lets those held now take effect, and none that come later.
+    pub fn step(&self, kind: Kind) {
         let mut wire = self.0.lock();
-        match kind {
-            Kind::Place => wire.hold_place = hold,
-            Kind::Fetch => wire.hold_fetch = hold,
-            Kind::Send | Kind::Recv => {}
-        }
-        wire.advance();
+        wire.set_hold(kind, false);
+        wire.set_hold(kind, true);
+    }
+
+    fn set(&self, kind: Kind, hold: bool) {
+        self.0.lock().set_hold(kind, hold);
     }
 
     /// Operations of both sides that were submitted and polled, and have not taken effect.
