@@ -22,6 +22,9 @@ fuzz_target!(|bytes: &[u8]| {
         Body::BindReply(b) => w.body(b).is_ok(),
         Body::Reply(b) => w.body(b).is_ok(),
         Body::Notice(b) => w.body(b).is_ok(),
+        Body::Map(b) => w.body(b).is_ok(),
+        Body::Unmap(b) => w.body(b).is_ok(),
+        Body::Mapped(b) => w.body(b).is_ok(),
     };
     assert!(written);
     if let Some(digest) = frame.digest {

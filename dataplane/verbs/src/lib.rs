@@ -5,6 +5,7 @@
 //!                  └► Region             bytes a peer may write at any time: copy in, copy out, file I/O
 //!
 //! Device ◄─ ProtectionDomain ◄─┬─ MemoryRegistration ◄─┐          ◄─ "holds an Arc to"
+//!                              ├─ FileRegistration ─► FileMapping    a file's pages, for one peer to read
 //!                              └─ Connection ──────────┴─ work requests in flight
 //!                                   │ (queue pair, completion queue)
 //!                                   └─ cm: one event channel and thread per process; Listener, Outgoing
@@ -27,6 +28,7 @@ pub mod cm;
 mod cq;
 mod device;
 mod error;
+mod exposed;
 mod ffi;
 pub mod gauges;
 pub mod memory;
@@ -42,6 +44,7 @@ pub use cm::{
 };
 pub use device::{Device, DeviceLimits, Gid, LinkLayer, Port};
 pub use error::{ConnectFailure, VerbsError, memlock_limit};
+pub use exposed::FileRegistration;
 pub use gauges::{Gauges, gauges};
 pub use mr::{Access, MemoryRegistration};
 pub use pd::ProtectionDomain;

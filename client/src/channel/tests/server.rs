@@ -115,7 +115,8 @@ impl Server {
             inline_max: 4096.into(),
             transfer_max: if boundless { u32::MAX } else { PIECE }.into(),
             sealed_transfer_max: if boundless { u32::MAX } else { PIECE / 2 }.into(),
-            reserved: [0; 16],
+            mappings_max: 0.into(),
+            reserved: [0; 12],
         };
         self.send(Opcode::Hello, 0, 0, hello.as_bytes(), None);
         loop {

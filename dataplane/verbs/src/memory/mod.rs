@@ -12,8 +12,10 @@
 //! * Pool memory is registered with local access only, so no peer can name it. The device touches a [`Buffer`] only
 //!   while a posted work request owns it.
 //! * [`Region`] memory is shared with a peer. It is reached by copies made of atomic accesses, or by system calls.
+//! * A [`FileMapping`] has an address for the device, and no byte that this process can touch.
 //! * A [`MappedWord`] is one number of a file, reached by atomic accesses only.
 
+mod file;
 mod io;
 mod mapping;
 mod nowait;
@@ -21,6 +23,7 @@ mod pool;
 mod region;
 mod word;
 
+pub use file::FileMapping;
 pub use io::{
     MAX_SEGMENTS, RecvSegment, SendSegment, advance_recv, advance_send, recv_segments, send_segments,
 };

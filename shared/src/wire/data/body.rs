@@ -22,8 +22,10 @@ pub struct Hello {
     pub transfer_max: U32,
     /// Longest read or write, bytes, under policies that digest or seal the payload.
     pub sealed_transfer_max: U32,
+    /// Mappings one channel may have; 0: this server has no one-sided reads, or not on this transport.
+    pub mappings_max: U32,
     /// Zero.
-    pub reserved: [u8; 16],
+    pub reserved: [u8; 12],
 }
 
 /// Attach to an open; the resume key is the inline payload. 72 bytes.
@@ -91,6 +93,53 @@ pub struct Io {
 pub struct Flush {
     /// Zero.
     pub reserved: U64,
+}
+
+/// Bytes of a lane's end: queue pair number (u32) and GID (16 bytes), as in the bind transcript.
+pub const LANE_END_BYTES: usize = 20;
+
+/// Expose a range of the file for one-sided reads over a lane. 40 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Map {
+    /// Where in the file, bytes.
+    pub offset: U64,
+    /// How much, bytes; at least one.
+    pub length: U64,
+    /// The client's end of a lane to this server that has no mapping yet.
+    pub lane: [u8; LANE_END_BYTES],
+    /// Zero.
+    pub reserved: [u8; 4],
+}
+
+/// Withdraw a mapping of this binding. 8 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Unmap {
+    /// Its number.
+    pub mapping: U32,
+    /// Zero.
+    pub reserved: U32,
+}
+
+/// What may be read over the lane from now on. 32 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Mapped {
+    /// Credits given back, as in [`Reply`].
+    pub credits: U16,
+    /// Zero.
+    pub reserved: [u8; 2],
+    /// Names it in [`Unmap`]; counts from 1 on each channel and is never used again.
+    pub mapping: U32,
+    /// The server's address of the first byte.
+    pub address: U64,
+    /// Bytes from there on: fewer than asked for if the file ends before.
+    pub length: U64,
+    /// The server's key for them.
+    pub rkey: U32,
+    /// Zero.
+    pub reserved2: [u8; 4],
 }
 
 /// The answer to a request. 16 bytes.

@@ -1,6 +1,6 @@
 //! Building frames and taking them apart.
 
-use super::body::{Bind, BindReply, Flush, Hello, Io, Notice, Reply};
+use super::body::{Bind, BindReply, Flush, Hello, Io, Map, Mapped, Notice, Reply, Unmap};
 use super::{Flags, Header, Opcode, TAG_BYTES, VERSION};
 use crate::types::FRAME_BYTES_MAX;
 use crate::wire::WireError;
@@ -19,6 +19,10 @@ pub enum Body<'a> {
     Write(&'a Io),
     /// See [`Flush`].
     Flush(&'a Flush),
+    /// See [`Map`].
+    Map(&'a Map),
+    /// See [`Unmap`].
+    Unmap(&'a Unmap),
     /// See [`Hello`].
     Hello(&'a Hello),
     /// See [`BindReply`].
@@ -27,6 +31,8 @@ pub enum Body<'a> {
     Reply(&'a Reply),
     /// See [`Notice`].
     Notice(&'a Notice),
+    /// See [`Mapped`].
+    Mapped(&'a Mapped),
 }
 
 /// A frame whose form is right; whether its MAC is, [`crate::auth::FrameKey::verify`] says.
@@ -126,10 +132,21 @@ fn parse_body(opcode: Opcode, bytes: &[u8]) -> Result<Body<'_>, WireError> {
             zero(body.reserved.get() == 0)?;
             Body::Flush(body)
         }
+        Opcode::Map => {
+            let (body, _) = split::<Map>(bytes)?;
+            zero(body.reserved == [0; 4])?;
+            Body::Map(body)
+        }
+        Opcode::Unmap => {
+            let (body, _) = split::<Unmap>(bytes)?;
+            zero(body.reserved.get() == 0)?;
+            Body::Unmap(body)
+        }
         Opcode::Hello => Body::Hello(split::<Hello>(bytes)?.0),
         Opcode::BindReply => Body::BindReply(split::<BindReply>(bytes)?.0),
         Opcode::Reply => Body::Reply(split::<Reply>(bytes)?.0),
         Opcode::Notice => Body::Notice(split::<Notice>(bytes)?.0),
+        Opcode::Mapped => Body::Mapped(split::<Mapped>(bytes)?.0),
     })
 }
 
@@ -247,6 +264,7 @@ impl<'a> Writer<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LANE_END_BYTES;
     use super::*;
     use crate::types::RegionDescriptor;
     use proptest::prelude::*;
@@ -282,9 +300,45 @@ mod tests {
             Opcode::BindReply,
             Opcode::Reply,
             Opcode::Notice,
+            Opcode::Map,
+            Opcode::Unmap,
+            Opcode::Mapped,
         ]
         .map(Opcode::body_len);
-        assert_eq!(sizes, [72, 32, 8, 80, 112, 16, 8]);
+        assert_eq!(sizes, [72, 32, 8, 80, 112, 16, 8, 40, 8, 32]);
+    }
+
+    #[test]
+    fn layout_of_mappings() {
+        let mut buffer = [0; 256];
+        let lane: [u8; LANE_END_BYTES] = std::array::from_fn(|n| 0xa0 + u8::try_from(n).unwrap());
+        let mut w = Writer::new(&mut buffer, Opcode::Map, 0, 3, 9, 0).unwrap();
+        w.body(&Map { offset: 0x1122.into(), length: 0x3344.into(), lane, reserved: [0; 4] }).unwrap();
+        let n = w.finish(|_, _| ());
+        let mut wanted = vec![0x22, 0x11, 0, 0, 0, 0, 0, 0, 0x44, 0x33, 0, 0, 0, 0, 0, 0];
+        wanted.extend(lane);
+        wanted.extend([0; 4]);
+        assert_eq!(&buffer[24..n - TAG_BYTES], &wanted[..]);
+        buffer[24 + 39] = 1;
+        assert_eq!(Frame::parse(&buffer[..n]).err(), Some(WireError::Field("reserved")));
+
+        let mut w = Writer::new(&mut buffer, Opcode::Mapped, 0, 3, 9, 0).unwrap();
+        w.body(&Mapped {
+            credits: 1.into(),
+            reserved: [0; 2],
+            mapping: 5.into(),
+            address: 0x7f00_0000_1000.into(),
+            length: 0x10_0000.into(),
+            rkey: 0xbeef.into(),
+            reserved2: [0; 4],
+        })
+        .unwrap();
+        let n = w.finish(|_, _| ());
+        let wanted = [
+            1, 0, 0, 0, 5, 0, 0, 0, 0, 0x10, 0, 0, 0, 0x7f, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0xef, 0xbe, 0,
+            0, 0, 0, 0, 0,
+        ];
+        assert_eq!(&buffer[24..n - TAG_BYTES], &wanted[..]);
     }
 
     #[test]

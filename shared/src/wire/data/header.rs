@@ -17,14 +17,20 @@ pub enum Opcode {
     Write = 0x04,
     /// Make acknowledged writes durable: [`super::Flush`].
     Flush = 0x05,
+    /// Expose a range of the file for one-sided reads: [`super::Map`].
+    Map = 0x06,
+    /// Withdraw it: [`super::Unmap`].
+    Unmap = 0x07,
     /// The first frame on a channel: [`super::Hello`].
     Hello = 0x80,
     /// The answer to `Bind`: [`super::BindReply`].
     BindReply = 0x81,
-    /// The answer to `Unbind`, `Read`, `Write` and `Flush`: [`super::Reply`].
+    /// The answer to `Unbind`, `Read`, `Write`, `Flush` and `Unmap`, and to a refused `Map`: [`super::Reply`].
     Reply = 0x82,
     /// The server speaks unasked: a binding was fenced, or the channel ends ([`super::Notice`]).
     Notice = 0x83,
+    /// The answer to a granted `Map`: [`super::Mapped`].
+    Mapped = 0x84,
 }
 
 impl Opcode {
@@ -36,10 +42,13 @@ impl Opcode {
             0x03 => Self::Read,
             0x04 => Self::Write,
             0x05 => Self::Flush,
+            0x06 => Self::Map,
+            0x07 => Self::Unmap,
             0x80 => Self::Hello,
             0x81 => Self::BindReply,
             0x82 => Self::Reply,
             0x83 => Self::Notice,
+            0x84 => Self::Mapped,
             _ => return None,
         })
     }
@@ -56,10 +65,13 @@ impl Opcode {
             Self::Unbind => 0,
             Self::Read | Self::Write => size_of::<super::Io>(),
             Self::Flush => size_of::<super::Flush>(),
+            Self::Map => size_of::<super::Map>(),
+            Self::Unmap => size_of::<super::Unmap>(),
             Self::Hello => size_of::<super::Hello>(),
             Self::BindReply => size_of::<super::BindReply>(),
             Self::Reply => size_of::<super::Reply>(),
             Self::Notice => size_of::<super::Notice>(),
+            Self::Mapped => size_of::<super::Mapped>(),
         }
     }
 }

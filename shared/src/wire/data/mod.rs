@@ -15,7 +15,7 @@ mod body;
 mod frame;
 mod header;
 
-pub use body::{Bind, BindReply, Flush, Hello, Io, Notice, Reply};
+pub use body::{Bind, BindReply, Flush, Hello, Io, LANE_END_BYTES, Map, Mapped, Notice, Reply, Unmap};
 pub use frame::{Body, Frame, Writer};
 pub use header::{Flags, Header, Opcode};
 
