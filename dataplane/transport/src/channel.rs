@@ -1,5 +1,6 @@
 //! The trait, its operations and their completions.
 
+use crate::verbs::Lane;
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_verbs::memory::{Buffer, Pool, Region};
@@ -8,6 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Something to do, with the buffer it needs.
 #[derive(Debug)]
@@ -211,19 +213,34 @@ pub trait Registrar: Send + Sync {
     /// # Errors
     /// The device's or kernel's own; on ENOMEM the text says how to raise the memlock limit.
     fn register(&self, region: Arc<Region>, access: RemoteAccess) -> io::Result<Registration>;
+
+    /// Connects a lane to the listener at `address`, waiting at most `timeout`, with `depth` reads in flight at most: what
+    /// is registered here can be read into over it. Blocks.
+    ///
+    /// # Errors
+    /// `Unsupported` for all transports but verbs; the connection manager's.
+    fn lane(&self, address: SocketAddr, timeout: Duration, depth: usize) -> io::Result<Lane> {
+        let _ = (address, timeout, depth);
+        Err(io::Error::new(io::ErrorKind::Unsupported, "only verbs has one-sided reads"))
+    }
 }
 
 /// A live registration. Keep it until the last request that names it has been answered.
 pub struct Registration {
     descriptor: RegionDescriptor,
     region: Arc<Region>,
-    _held: Box<dyn Any + Send + Sync>,
+    held: Box<dyn Any + Send + Sync>,
 }
 
 impl Registration {
     /// Made by transports: `held` withdraws the registration when dropped.
     pub fn new(descriptor: RegionDescriptor, region: Arc<Region>, held: Box<dyn Any + Send + Sync>) -> Self {
-        Self { descriptor, region, _held: held }
+        Self { descriptor, region, held }
+    }
+
+    /// What withdraws it, if it is of that type.
+    pub(crate) fn held<T: Any>(&self) -> Option<&T> {
+        self.held.downcast_ref()
     }
 
     /// The whole region, as the peer is told of it.

@@ -1,13 +1,16 @@
 //! [`Home`]: a protection domain with the pools registered in it.
 
 use super::io_error;
+use super::lane::Lane;
 use crate::channel::{Registrar, Registration, RemoteAccess};
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use holdfast_verbs::{Access, Device, Local, MemoryRegistration, ProtectionDomain, VerbsError};
 use std::io;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where the buffers of one or more channels are registered, for local use.
 #[derive(Clone)]
@@ -58,6 +61,10 @@ impl Registrar for Exporting {
         let held = MemoryRegistration::of_region(&self.0, &region, access).map_err(io_error)?;
         let descriptor = RegionDescriptor::new(held.addr(), held.rkey(), length);
         Ok(Registration::new(descriptor, region, Box::new(held)))
+    }
+
+    fn lane(&self, address: SocketAddr, timeout: Duration, depth: usize) -> io::Result<Lane> {
+        Lane::connect(&self.0, address, timeout, depth)
     }
 }
 

@@ -8,6 +8,7 @@
 
 use super::channel::{VerbsChannel, accept};
 use super::home::Home;
+use super::lane::{self, Lanes};
 use super::wake::{Note, clear, event, ring};
 use super::{io_error, require_device};
 use crate::channel::{Channel, Listener, Setup};
@@ -48,6 +49,8 @@ pub struct VerbsListener {
     half_open: Vec<HalfOpen>,
     /// By device name.
     homes: HashMap<String, Home>,
+    /// Where lanes wait; `None`: there are none here.
+    lanes: Option<Arc<Lanes>>,
     stopper: Stopper,
 }
 
@@ -68,7 +71,13 @@ impl VerbsListener {
         .map_err(io_error)?;
         let address = listener.local_address().unwrap_or(address);
         let (half_open, homes) = (Vec::with_capacity(HALF_OPEN_MAX), HashMap::new());
-        Ok(Self { _listener: listener, address, inbox, half_open, homes, stopper: Stopper::new()? })
+        let stopper = Stopper::new()?;
+        Ok(Self { _listener: listener, address, inbox, half_open, homes, lanes: None, stopper })
+    }
+
+    /// Takes lanes too, and leaves them there. Without this whoever asks for one is refused.
+    pub fn serve_lanes(&mut self, lanes: Arc<Lanes>) {
+        self.lanes = Some(lanes);
     }
 
     /// Registers pools with every device now, so that the first peers need not wait for it.
@@ -100,6 +109,10 @@ impl VerbsListener {
     ) -> io::Result<()> {
         if request.received().elapsed() > HANDSHAKE_TIME {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the request waited too long"));
+        }
+        if lane::is_wanted(&request) {
+            // Dropping a request refuses it.
+            return self.lanes.as_ref().map_or(Ok(()), |lanes| lanes.answer(request, &self.inbox.event));
         }
         let Some(setup) = prepare(request.peer_address()) else { return Ok(()) };
         let home = self.home(&Arc::clone(request.device()), &setup.pools)?;
@@ -153,9 +166,11 @@ impl Listener for VerbsListener {
                 }
                 ring(&self.inbox.event);
             }
+            let lane_due = self.lanes.as_ref().and_then(|lanes| lanes.sweep());
             let now = Instant::now();
             let nearest =
                 self.half_open.iter().map(|half| half.deadline.saturating_duration_since(now)).min();
+            let nearest = nearest.into_iter().chain(lane_due).min();
             self.stopper.wait(&*self.inbox.event, PollFlags::IN, nearest)?;
         }
     }
