@@ -114,7 +114,7 @@ pub(crate) async fn bind(channel: &Arc<Shared>, request: &BindRequest<'_>) -> Re
     let request = Request::Bind { body: &body, resume_key: request.resume_key };
     match channel.submit(None, request, Purpose::Bind(Box::new(wait))).await?.outcome().await? {
         Done::Bound(core) => Ok(core),
-        Done::Counted(_) => Err(Error::Internal("a bind was answered as a read")),
+        Done::Counted(_) | Done::Mapped(_) => Err(Error::Internal("a bind was answered as a read")),
     }
 }
 

@@ -224,6 +224,18 @@ impl Binding {
         Self { inner: Arc::new(inner) }
     }
 
+    pub(crate) fn seat(&self) -> Arc<Seat> {
+        self.inner.seat.load_full()
+    }
+
+    pub(crate) fn open(&self) -> Option<&Open> {
+        self.inner.open.as_ref()
+    }
+
+    pub(crate) async fn replace(&self, trials: &mut Trials, open: &Open, failed: &Arc<Seat>) -> Result<()> {
+        trials.replace(&self.inner, open, failed).await
+    }
+
     /// This handle's volatile id: another one when it was bound again.
     pub fn handle(&self) -> HandleId {
         self.inner.seat.load().core.handle

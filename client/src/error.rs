@@ -7,6 +7,7 @@
 //! | [`Error::Incompatible`] | the two sides have no common version or policy: update one |
 //! | [`Error::Io`], [`Error::Ended`], [`Error::TimedOut`] | the network, the disk, the other process |
 //! | [`Error::Changed`], [`Error::Gone`] | somebody else, while the open was detached |
+//! | [`Error::MappingLost`] | the server, which took a one-sided mapping back: the caller reads another way |
 //! | [`Error::FateUnknown`], [`Error::WriteFateUnknown`], [`Error::WritesLost`] | a server that went away: the caller looks, or repeats |
 //! | [`Error::Config`], [`Error::Usage`] | the caller |
 //! | [`Error::Internal`] | a bug of this library |
@@ -166,6 +167,13 @@ pub enum Error {
         /// True if the file was changed since the open was detached, or if that can't be known.
         changed: bool,
     },
+    /// A mapping can't be read any more: the server has withdrawn it (a fence, a lock of another open, a truncation, its own
+    /// policy), or its lane has failed. What is wrong with the file or the open, if anything is, the binding tells: fall
+    /// back to [`crate::Binding::read_at`], or map again.
+    #[error(
+        "the mapping was withdrawn by the server, or its connection failed: read through the binding, or map again"
+    )]
+    MappingLost,
     /// A fault of this library.
     #[error("a fault in the client library: {0}; report it")]
     Internal(&'static str),
@@ -224,7 +232,7 @@ impl Error {
             Self::Incompatible(_) => Status::Version.errno(),
             Self::Io { error, .. } => error.raw_os_error().unwrap_or(EIO),
             Self::Config { .. } | Self::Usage(_) => EINVAL,
-            Self::Changed => ESTALE,
+            Self::Changed | Self::MappingLost => ESTALE,
             _ => self.status().map_or(EIO, Status::errno),
         }
     }
@@ -251,6 +259,7 @@ mod tests {
         assert_eq!(Error::io("x", std::io::Error::from_raw_os_error(28)).errno(), 28);
         assert_eq!(Error::WritesLost.errno(), 5);
         assert_eq!(Error::Changed.errno(), 116);
+        assert_eq!(Error::MappingLost.errno(), 116);
         for reason in [GoneReason::Evicted, GoneReason::ForceClosed, GoneReason::FileLost] {
             let gone = Error::Gone { reason, changed: true };
             assert_eq!(gone.errno(), 116);

@@ -14,6 +14,9 @@
 //!
 //! [engine]                        # see [`EngineConfig`]
 //! [limits]                        # see [`Limits`]
+//!
+//! [map]                           # one-sided reads, see [`MapConfig`]
+//! enabled = false
 //! ```
 
 use serde::Deserialize;
@@ -63,6 +66,8 @@ pub struct Config {
     pub engine: EngineConfig,
     /// What one peer, and all peers, may use.
     pub limits: Limits,
+    /// One-sided reads.
+    pub map: MapConfig,
 }
 
 /// A path with its own default.
@@ -226,6 +231,35 @@ impl Default for Limits {
     }
 }
 
+/// `[map]`: ranges of files that clients of verbs channels may read one-sided, with no work for this process. What is mapped
+/// is pinned in memory, whole pages, until its client unmaps it or it is fenced.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MapConfig {
+    /// Grant it at all. Default false.
+    pub enabled: bool,
+    /// Mappings of one channel. Default 16. Each has a queue pair of its own.
+    pub channel_mappings_max: usize,
+    /// Bytes that the mappings of one channel pin. Default 256 MiB.
+    pub channel_bytes_max: u64,
+    /// Mappings in all. Default 256.
+    pub mappings_max: usize,
+    /// Bytes that all mappings pin. Default 1 GiB. The locked-memory limit of the process (`ulimit -l`) counts them too.
+    pub bytes_max: u64,
+}
+
+impl Default for MapConfig {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            channel_mappings_max: 16,
+            channel_bytes_max: 256 << 20,
+            mappings_max: 256,
+            bytes_max: 1 << 30,
+        }
+    }
+}
+
 impl Config {
     /// Reads a file; paths in it become relative to its directory.
     ///
@@ -274,6 +308,11 @@ impl Config {
         value(l.half_open_per_address >= 1, "limits.half_open_per_address", "at least 1")?;
         value((1..=255).contains(&l.bindings_max), "limits.bindings_max", "1 to 255")?;
         value((1..=1 << 30).contains(&l.transfer_bytes_max), "limits.transfer_bytes_max", "1 byte to 1 GiB")?;
+        let m = &self.map;
+        value((1..=4096).contains(&m.channel_mappings_max), "map.channel_mappings_max", "1 to 4096")?;
+        value((1..=65_536).contains(&m.mappings_max), "map.mappings_max", "1 to 65536")?;
+        value((4096..=1 << 50).contains(&m.channel_bytes_max), "map.channel_bytes_max", "4 KiB or more")?;
+        value((4096..=1 << 50).contains(&m.bytes_max), "map.bytes_max", "4 KiB or more")?;
         for (ms, field) in [
             (l.bind_deadline_ms, "limits.bind_deadline_ms"),
             (l.unbound_ms, "limits.unbound_ms"),
@@ -311,6 +350,8 @@ mod tests {
         assert!(config.check().unwrap_err().to_string().contains("buffer_bytes"));
         let config: Config = toml::from_str("[engine]\nworkers = 4\npool_bytes = 262144").unwrap();
         assert!(config.check().is_err(), "a worker would have no buffer");
+        let config: Config = toml::from_str("[map]\nenabled = true\nbytes_max = 100").unwrap();
+        assert!(config.check().unwrap_err().to_string().contains("map.bytes_max"));
     }
 
     #[test]

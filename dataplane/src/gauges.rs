@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `channels`, `half_open_channels` | channels; those of them that never had a binding |
 //! | `bindings` | live bindings, those being fenced included |
-//! | `requests_bind_total` … `requests_flush_total` | frames taken, by opcode |
+//! | `requests_bind_total` … `requests_map_total` | frames taken, by opcode |
+//! | `mappings`, `mapping_bytes` | ranges exposed for one-sided reads, those being made and withdrawn included; bytes they pin |
 //! | `requests_in_flight` | reads, writes and flushes taken and not answered |
 //! | `bytes_read_total`, `bytes_written_total` | bytes of answered reads and writes |
 //! | `held_back_total` | bindings told to a control that came after the one that granted them, each time |
@@ -60,6 +61,9 @@ pub struct Gauges {
     pub requests_read_total: Count,
     pub requests_write_total: Count,
     pub requests_flush_total: Count,
+    pub requests_map_total: Count,
+    pub mappings: Count,
+    pub mapping_bytes: Count,
     pub requests_in_flight: Count,
     pub bytes_read_total: Count,
     pub bytes_written_total: Count,
@@ -87,7 +91,7 @@ impl Gauges {
 
     /// Everything, by name.
     pub fn collect(&self) -> Vec<Gauge> {
-        let mut all = Vec::with_capacity(40);
+        let mut all = Vec::with_capacity(43);
         let mut put = |name: &str, value: u64| all.push(Gauge { name: name.to_owned(), value });
         put("channels", self.channels.read());
         put("half_open_channels", self.half_open_channels.read());
@@ -97,6 +101,9 @@ impl Gauges {
         put("requests_read_total", self.requests_read_total.read());
         put("requests_write_total", self.requests_write_total.read());
         put("requests_flush_total", self.requests_flush_total.read());
+        put("requests_map_total", self.requests_map_total.read());
+        put("mappings", self.mappings.read());
+        put("mapping_bytes", self.mapping_bytes.read());
         put("requests_in_flight", self.requests_in_flight.read());
         put("bytes_read_total", self.bytes_read_total.read());
         put("bytes_written_total", self.bytes_written_total.read());

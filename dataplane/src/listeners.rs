@@ -4,6 +4,7 @@ use crate::config::{Config, Enabled, advertised};
 use crate::engine::Engine;
 use anyhow::Context;
 use holdfast_shared::wire::service::{Endpoint, TransportKind};
+use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Listener, tcp, verbs};
 use holdfast_verbs::Device;
 use holdfast_verbs::memory::Pool;
@@ -29,16 +30,16 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Listens wherever the configuration says.
+    /// Listens wherever the configuration says; verbs listeners leave lanes in `lanes`.
     ///
     /// # Errors
     /// An address that can't be had; memory that can't be registered; no RDMA device when verbs is `on`; nowhere to listen at all.
-    pub fn bind(config: &Config, pools: &[Pool]) -> anyhow::Result<Self> {
+    pub fn bind(config: &Config, pools: &[Pool], lanes: Option<&Arc<Lanes>>) -> anyhow::Result<Self> {
         let mut all = Self::default();
         match config.verbs.enabled {
             Enabled::Off => {}
             enabled => {
-                if let Err(error) = all.bind_verbs(config, pools) {
+                if let Err(error) = all.bind_verbs(config, pools, lanes) {
                     if enabled == Enabled::On {
                         return Err(error);
                     }
@@ -57,12 +58,20 @@ impl Listeners {
     }
 
     /// Without addresses of its own, one listener for all devices: so the pools are registered once for each of them.
-    fn bind_verbs(&mut self, config: &Config, pools: &[Pool]) -> anyhow::Result<()> {
+    fn bind_verbs(
+        &mut self,
+        config: &Config,
+        pools: &[Pool],
+        lanes: Option<&Arc<Lanes>>,
+    ) -> anyhow::Result<()> {
         let listen = |address: Ipv4Addr| {
             let mut listener = verbs::VerbsListener::bind((address, config.verbs.port).into())
                 .with_context(|| format!("cannot listen on verbs {address}:{}", config.verbs.port))?;
             // Here, where a memlock limit that is too low can still be told, and tcp be used instead.
             listener.register(pools).context("cannot register the buffer pools with the RDMA device")?;
+            if let Some(lanes) = lanes {
+                listener.serve_lanes(Arc::clone(lanes));
+            }
             anyhow::Ok(listener)
         };
         let (mut addresses, mut listeners) = (Vec::new(), Vec::new());

@@ -67,7 +67,7 @@ fn run() -> anyhow::Result<()> {
     let engine = Engine::start(settings(&config)?, Arc::clone(&port) as _, KernelFile::opener())
         .context("cannot start the engine")?;
     engine.gauges().set_heap_source(heap);
-    let mut listeners = Listeners::bind(&config, engine.pools())?;
+    let mut listeners = Listeners::bind(&config, engine.pools(), engine.lanes())?;
     let blob = ServiceBlob {
         instance: engine.settings().instance,
         boot_ms: SystemTime::now()
@@ -124,6 +124,7 @@ fn settings(config: &Config) -> anyhow::Result<Settings> {
     Ok(Settings {
         engine: config.engine.clone(),
         limits: config.limits.clone(),
+        map: config.map.clone(),
         instance,
         verifier: verifier()?,
     })

@@ -70,9 +70,9 @@ impl Drop for Reply {
         if let Some(number) = self.number.take() {
             let mut state = self.channel.state.lock();
             state.abandon(number);
-            // An abandoned bind may have succeeded already: its binding is given back.
+            // An abandoned bind or map may have succeeded already: what it got is given back.
             // And what was to be looked for is left to the driver.
-            if !state.unbinds.is_empty() || self.look.as_ref().is_some_and(Look::is_due) {
+            if state.gives_back() || self.look.as_ref().is_some_and(Look::is_due) {
                 state.drain(&self.channel.credits);
             }
         }
@@ -83,6 +83,7 @@ fn counted(done: Done) -> Result<usize> {
     match done {
         Done::Counted(count) => Ok(count as usize),
         Done::Bound(_) => Err(Error::Internal("a request was answered as a bind")),
+        Done::Mapped(_) => Err(Error::Internal("a request was answered as a map")),
     }
 }
 

@@ -76,6 +76,7 @@ pub(crate) struct Facts {
     pub(crate) transfer_max: u32,
     pub(crate) sealed_transfer_max: u32,
     pub(crate) bindings_max: u16,
+    pub(crate) mappings_max: u32,
 }
 
 pub(crate) struct Shared {
@@ -89,7 +90,7 @@ pub(crate) struct Shared {
     pub(crate) identity: ChannelIdentity,
     pub(crate) facts: Facts,
     capabilities: Capabilities,
-    peer: SocketAddr,
+    pub(crate) peer: SocketAddr,
     /// Tells the driver to watch: see `prompt`.
     watch: Arc<Notify>,
     /// Dropped with the channel: the driver ends.
@@ -239,6 +240,15 @@ impl Shared {
         let mut state = self.state.lock();
         state.unbinds.push_back(binding);
         state.drain(&self.credits);
+    }
+
+    /// Gives a mapping back without waiting, as soon as a credit is free.
+    pub(crate) fn unmap_later(&self, binding: Arc<BindingCore>, mapping: u32) {
+        let mut state = self.state.lock();
+        if state.ended.is_none() {
+            state.unmaps.push_back((binding, mapping));
+            state.drain(&self.credits);
+        }
     }
 
     /// Longest piece of one request under a policy.

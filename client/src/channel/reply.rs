@@ -1,12 +1,12 @@
 //! What the server sends: form, sequence and MAC are checked before anything of it is believed.
 
-use super::request::{Done, Failure, Purpose};
+use super::request::{Done, Failure, Granted, Purpose};
 use super::state::State;
 use super::{COVERED_TRANSFER_MAX, Facts, TRANSFER_MAX};
 use crate::error::Ended;
 use holdfast_shared::auth::FrameKey;
 use holdfast_shared::types::Status;
-use holdfast_shared::wire::data::{BindReply, Body, Frame, Hello, Notice, Reply};
+use holdfast_shared::wire::data::{BindReply, Body, Frame, Hello, Mapped, Notice, Reply};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -29,6 +29,7 @@ impl State {
             _ if self.hello.is_none() => Err(Ended::Misbehaved("a frame before the hello")),
             Body::BindReply(reply) => self.bind_reply(&frame, reply, credits),
             Body::Reply(reply) => self.reply(&frame, reply, credits),
+            Body::Mapped(mapped) => self.mapped(&frame, mapped, credits),
             Body::Notice(notice) => self.notice(&frame, notice),
             _ => Err(Ended::Misbehaved("a request from the server")),
         }
@@ -48,6 +49,7 @@ impl State {
             transfer_max: transfer_max.min(TRANSFER_MAX),
             sealed_transfer_max: sealed_transfer_max.min(COVERED_TRANSFER_MAX),
             bindings_max: hello.bindings_max.get(),
+            mappings_max: hello.mappings_max.get(),
         };
         self.nonce = hello.nonce;
         self.credits_total = usize::from(hello.credits.get()).min(self.credits_max);
@@ -130,6 +132,9 @@ impl State {
         };
         match &purpose {
             Purpose::Bind(_) => return Err(Ended::Misbehaved("a bind answered as a read")),
+            Purpose::Map { .. } if outcome.is_ok() => {
+                return Err(Ended::Misbehaved("a mapping that is granted without saying which"));
+            }
             Purpose::Read { length, .. } | Purpose::Write { length, .. } if count > *length => {
                 return Err(Ended::Misbehaved("more bytes than were asked for"));
             }
@@ -160,6 +165,27 @@ impl State {
         let total = (self.credits_total - 1).saturating_add(usize::from(reply.credits.get()));
         self.credits_are(total, credits);
         self.settle(number, outcome);
+        Ok(())
+    }
+
+    fn mapped(&mut self, frame: &Frame<'_>, mapped: &Mapped, credits: &Semaphore) -> Checked {
+        let number = frame.header.request.get();
+        let binding = self.slot(number).and_then(|slot| slot.binding.clone());
+        let binding = binding.ok_or(Ended::Misbehaved("a reply to a request that was not made"))?;
+        if frame.header.binding.get() != binding.number || !binding.to_client.verify(frame) {
+            return Err(Ended::BadMac);
+        }
+        let Purpose::Map { length: asked } = self.purpose(frame)? else {
+            return Err(Ended::Misbehaved("a mapping that was not asked for"));
+        };
+        let (address, length) = (mapped.address.get(), mapped.length.get());
+        if length == 0 || length > asked || address.checked_add(length).is_none() {
+            return Err(Ended::Misbehaved("a mapping of other bytes than were asked for"));
+        }
+        let granted = Granted { mapping: mapped.mapping.get(), address, length, rkey: mapped.rkey.get() };
+        let total = (self.credits_total - 1).saturating_add(usize::from(mapped.credits.get()));
+        self.credits_are(total, credits);
+        self.settle(number, Ok(Done::Mapped(granted)));
         Ok(())
     }
 

@@ -6,8 +6,9 @@ use crate::error::{Ended, Error, Result};
 use holdfast_shared::auth::FrameKey;
 use holdfast_shared::types::{RegionDescriptor, Status};
 use holdfast_shared::wire::WireError;
-use holdfast_shared::wire::data::{Bind, Flags, Flush, Io, Opcode, Writer};
+use holdfast_shared::wire::data::{Bind, Flags, Flush, Io, Map, Opcode, Unmap, Writer};
 use holdfast_transport::Registration;
+use holdfast_transport::verbs::LaneEnd;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
@@ -19,6 +20,8 @@ pub(crate) enum Request<'a> {
     Read { offset: u64, remote: RegionDescriptor },
     Write { offset: u64, length: u32, source: Source<'a> },
     Flush { data_only: bool },
+    Map { offset: u64, length: u64, lane: LaneEnd },
+    Unmap { mapping: u32 },
 }
 
 /// Where a write's bytes are.
@@ -36,6 +39,8 @@ pub(crate) enum Purpose {
     Bind(Box<BindWait>),
     Unbind,
     Flush,
+    Map { length: u64 },
+    Unmap,
     Read { region: Region, start: usize, length: u32, _registration: Arc<Registration> },
     Write { length: u32, _fetched: Fetched },
 }
@@ -63,10 +68,21 @@ impl Drop for Bounce {
 
 /// What a request came to.
 pub(crate) enum Done {
-    /// Bytes read or written; 0 for unbind and flush.
+    /// Bytes read or written; 0 for unbind, unmap and flush.
     Counted(u32),
+    /// What may be read one-sided.
+    Mapped(Granted),
     /// The new binding.
     Bound(Arc<BindingCore>),
+}
+
+/// A mapping, as the server granted it: length and address are checked.
+#[derive(Clone, Copy)]
+pub(crate) struct Granted {
+    pub(crate) mapping: u32,
+    pub(crate) address: u64,
+    pub(crate) length: u64,
+    pub(crate) rkey: u32,
 }
 
 /// Why a request came to nothing.
@@ -99,6 +115,8 @@ impl Request<'_> {
             Self::Read { .. } => Opcode::Read,
             Self::Write { .. } => Opcode::Write,
             Self::Flush { .. } => Opcode::Flush,
+            Self::Map { .. } => Opcode::Map,
+            Self::Unmap { .. } => Opcode::Unmap,
         }
     }
 
@@ -124,6 +142,13 @@ impl Request<'_> {
             Self::Unbind => {}
             Self::Flush { .. } => {
                 w.body(&Flush { reserved: 0.into() }).map_err(ours)?;
+            }
+            Self::Map { offset, length, lane } => {
+                let (offset, length) = ((*offset).into(), (*length).into());
+                w.body(&Map { offset, length, lane: *lane, reserved: [0; 4] }).map_err(ours)?;
+            }
+            Self::Unmap { mapping } => {
+                w.body(&Unmap { mapping: (*mapping).into(), reserved: 0.into() }).map_err(ours)?;
             }
             Self::Read { offset, remote } => {
                 w.body(&io(*offset, remote.length(), *remote)).map_err(ours)?;

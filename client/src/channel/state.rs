@@ -54,6 +54,8 @@ pub(crate) struct State {
     pub(super) room: Vec<Waker>,
     /// Bindings whose owner has gone.
     pub(super) unbinds: VecDeque<Arc<BindingCore>>,
+    /// Mappings whose owner has gone.
+    pub(super) unmaps: VecDeque<(Arc<BindingCore>, u32)>,
     pub(super) scratch: Vec<u8>,
     pub(super) prompt: Prompt,
     pub(super) gather: Gather,
@@ -83,6 +85,7 @@ impl State {
             credits_max,
             room: Vec::new(),
             unbinds: VecDeque::new(),
+            unmaps: VecDeque::new(),
             scratch: Vec::new(),
             ended: None,
         }
@@ -146,8 +149,9 @@ impl State {
             if self.ended.is_some() {
                 return;
             }
+            let unmapped = self.send_unmaps(credits);
             let unbound = self.send_unbinds(credits);
-            if !unbound && self.channel.arm() == Armed::Idle {
+            if !unmapped && !unbound && self.channel.arm() == Armed::Idle {
                 self.armed = true;
                 return;
             }
@@ -233,6 +237,7 @@ impl State {
         });
         self.bindings.clear();
         self.unbinds.clear();
+        self.unmaps.clear();
         self.room.drain(..).for_each(Waker::wake);
     }
 
@@ -258,6 +263,33 @@ impl State {
         sent
     }
 
+    /// Sends unmaps for mappings without an owner, as far as credits go. True if it sent one.
+    fn send_unmaps(&mut self, credits: &Semaphore) -> bool {
+        let mut sent = false;
+        while let Some((binding, mapping)) = self.unmaps.front().cloned() {
+            let Ok(credit) = credits.try_acquire() else { break };
+            match self.send(Some(&binding), &Request::Unmap { mapping }, &mut Some(Purpose::Unmap)) {
+                Ok(Sent::Number(number)) => {
+                    credit.forget();
+                    self.unmaps.pop_front();
+                    self.abandon(number);
+                    sent = true;
+                }
+                Ok(Sent::NoRoom) => break,
+                Err(error) => {
+                    tracing::debug!(%error, "a mapping could not be given back");
+                    self.unmaps.pop_front();
+                }
+            }
+        }
+        sent
+    }
+
+    /// True if there is something to be given back to the server.
+    pub(super) fn gives_back(&self) -> bool {
+        !self.unbinds.is_empty() || !self.unmaps.is_empty()
+    }
+
     pub(super) fn slot(&mut self, number: u32) -> Option<&mut Slot> {
         self.slots.get_mut(index(number)).filter(|slot| slot.number == number)
     }
@@ -271,8 +303,12 @@ impl State {
             return;
         }
         let slot = self.slots.remove(index(number));
-        if let Some(Ok(Done::Bound(binding))) = slot.outcome {
-            self.unbinds.push_back(binding);
+        match (slot.outcome, slot.binding) {
+            (Some(Ok(Done::Bound(binding))), _) => self.unbinds.push_back(binding),
+            (Some(Ok(Done::Mapped(granted))), Some(binding)) => {
+                self.unmaps.push_back((binding, granted.mapping));
+            }
+            _ => {}
         }
     }
 

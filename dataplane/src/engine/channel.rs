@@ -16,6 +16,7 @@ use super::bind::PendingBind;
 use super::binding::{BindingRef, Bindings};
 use super::door::Door;
 use super::latch::Latches;
+use super::map::{ChannelMaps, Maps};
 use super::ready::Ready;
 use super::registry::Registry;
 use super::reply::Rare;
@@ -48,6 +49,8 @@ pub(crate) struct Cx {
     pub(crate) door: Arc<Door>,
     pub(crate) opener: Opener,
     pub(crate) gauges: Arc<Gauges>,
+    /// `None`: there are no one-sided reads.
+    pub(crate) maps: Option<Arc<Maps>>,
     /// The time at the beginning of this round.
     pub(crate) now: Instant,
 }
@@ -141,6 +144,7 @@ pub(crate) struct Conn {
     pub(super) transfer_max: usize,
     cheap: bool,
     pub(super) storage_ops: usize,
+    pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
     pub(super) held: usize,
     pub(super) stuck_by: Option<Instant>,
@@ -190,6 +194,7 @@ impl Conn {
             transfer_max: capabilities.transfer_bytes_max,
             cheap: capabilities.cheap_poll,
             storage_ops: 0,
+            maps: ChannelMaps::default(),
             held: 0,
             stuck_by: None,
             blocked: false,

@@ -68,6 +68,7 @@ impl Conn {
         self.bind_by = None;
         self.rare.clear();
         self.cancel_requests(cx);
+        self.withdraw_every(cx);
     }
 
     /// The earliest moment at which [`Conn::on_deadline`] has something to do.

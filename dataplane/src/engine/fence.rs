@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  Active ──► Draining: requests are answered at once (Fenced, Closed), nothing new begins
-//!                │  no Place or Fetch in flight, no storage job          overdue: the channel is cut off from the device,
-//!                ▼                                                       its operations come back flushed
+//!                │  no Place or Fetch in flight, no storage job,         overdue: the channel is cut off from the device,
+//!                ▼  every mapping withdrawn                              its operations come back flushed
 //!              descriptor closed ─► Notice or Reply to the client, Fenced or Released to control ─► Gone
 //! ```
 
@@ -57,6 +57,7 @@ impl Conn {
             State::Active => {
                 binding.state = State::Draining { drain, by };
                 self.draining += 1;
+                self.withdraw_of(cx, name);
                 // Those of its requests that wait for a buffer need none to be answered.
                 let requests = &self.requests;
                 self.ready.revive(|slot| {

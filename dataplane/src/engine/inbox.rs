@@ -8,6 +8,7 @@
 
 use super::backend::Done;
 use super::bind::Redemption;
+use super::map::{ExposeDone, WithdrawDone};
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
 use crossbeam::queue::{ArrayQueue, SegQueue};
@@ -31,6 +32,10 @@ pub(crate) enum Letter {
     Fence(Fence),
     /// Control has new rules for an open which has, or had, bindings here.
     Restrict(Arc<Restriction>),
+    /// The mapper is done with a request.
+    Exposed(Box<ExposeDone>),
+    /// A mapping was withdrawn.
+    Withdrawn(WithdrawDone),
     /// A control is to be told which bindings there are.
     Snapshot(Sender<Vec<HeldBinding>>),
     /// End all channels, then the worker.

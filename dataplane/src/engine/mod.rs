@@ -20,6 +20,7 @@
 //! | `reply` | frames that go out |
 //! | `fence` | draining a binding |
 //! | `restrict` | rules for what I/O may touch, and waiting for I/O begun before them |
+//! | `map` | one-sided reads: what is exposed, for whom, until when |
 //! | `registry` | which worker has which binding |
 //! | `backend` | file access and storage threads |
 //! | `latch` | flushes that failed, for each open |
@@ -35,6 +36,7 @@ mod ending;
 mod fence;
 mod inbox;
 mod latch;
+mod map;
 mod ready;
 mod receive;
 mod registry;
@@ -48,7 +50,7 @@ pub use backend::{FileIo, KernelFile, Opener, status_of};
 pub use bind::Redemption;
 pub use registry::{HeldBinding, Snapshot};
 
-use crate::config::{EngineConfig, Limits};
+use crate::config::{EngineConfig, Limits, MapConfig};
 use crate::gauges::Gauges;
 use crate::last_write::LastWrite;
 use backend::Storage;
@@ -56,9 +58,11 @@ use crossbeam::atomic::AtomicCell;
 use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
 use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted, Wrote};
+use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
+use map::Maps;
 use parking_lot::Mutex;
 use registry::Registry;
 use std::io;
@@ -112,6 +116,8 @@ pub struct Settings {
     pub engine: EngineConfig,
     /// Limits.
     pub limits: Limits,
+    /// One-sided reads.
+    pub map: MapConfig,
     /// This run of the process; also in the service blob.
     pub instance: [u8; 16],
     /// The write verifier of this run.
@@ -132,6 +138,9 @@ pub struct Engine {
     turn: AtomicUsize,
     stopped: AtomicCell<bool>,
     threads: Mutex<(Vec<JoinHandle<()>>, Option<Storage>)>,
+    lanes: Option<Arc<Lanes>>,
+    /// Ends when the last reference is gone, which is this one once the workers have ended.
+    mapping: Mutex<(Option<Arc<Maps>>, Vec<JoinHandle<()>>)>,
 }
 
 impl Engine {
@@ -163,6 +172,12 @@ impl Engine {
         let latches = Arc::new(latch::Latches::default());
         let limits = &settings.limits;
         let door = Arc::new(Door::new(limits.half_open_max, limits.half_open_per_address));
+        let (maps, map_threads) = if settings.map.enabled {
+            let (maps, threads) = Maps::start(settings.map.clone(), Arc::clone(&gauges), inboxes.clone())?;
+            (Some(maps), threads)
+        } else {
+            (None, Vec::new())
+        };
         let mut threads = Vec::new();
         for (n, pool) in bulk.iter().enumerate() {
             let cx = channel::Cx {
@@ -178,6 +193,7 @@ impl Engine {
                 door: Arc::clone(&door),
                 opener: Arc::clone(&opener),
                 gauges: Arc::clone(&gauges),
+                maps: maps.clone(),
                 now: std::time::Instant::now(),
             };
             let worker = worker::Worker::new(cx, Arc::clone(&inboxes[n]))?;
@@ -199,6 +215,8 @@ impl Engine {
             turn: AtomicUsize::new(0),
             stopped: AtomicCell::new(false),
             threads: Mutex::new((threads, Some(storage))),
+            lanes: maps.as_ref().map(|maps| Arc::clone(maps.lanes())),
+            mapping: Mutex::new((maps, map_threads)),
         }))
     }
 
@@ -215,6 +233,11 @@ impl Engine {
     /// All pools whose buffers are used on channels.
     pub fn pools(&self) -> &[Pool] {
         &self.pools
+    }
+
+    /// Where verbs listeners leave the lanes for one-sided reads; `None`: there are none.
+    pub fn lanes(&self) -> Option<&Arc<Lanes>> {
+        self.lanes.as_ref()
     }
 
     /// Admits a peer: what its channel is to be made with, or `None` if there is no room for one more. An older channel
@@ -331,6 +354,13 @@ impl Engine {
         }
         if let Some(mut storage) = storage.take() {
             storage.stop();
+        }
+        let (maps, threads) = &mut *self.mapping.lock();
+        drop(maps.take());
+        for thread in threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a mapping thread had panicked");
+            }
         }
     }
 }

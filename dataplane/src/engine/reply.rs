@@ -63,7 +63,8 @@ impl Conn {
                     inline_max: u32::try_from(INLINE_BYTES_MAX).unwrap_or(u32::MAX).into(),
                     transfer_max: limits.transfer_bytes_max.into(),
                     sealed_transfer_max: u32::try_from(sealed).unwrap_or(u32::MAX).into(),
-                    reserved: [0; 16],
+                    mappings_max: self.mappings_max(cx).into(),
+                    reserved: [0; 12],
                 };
                 self.send_frame(cx, Token::Send, |bytes, sequence| {
                     let mut w = Writer::new(bytes, Opcode::Hello, 0, 0, 0, sequence)?;
@@ -176,7 +177,7 @@ impl Conn {
         self.submit_frame(cx, token, buffer, built);
     }
 
-    fn submit_frame(
+    pub(super) fn submit_frame(
         &mut self,
         cx: &mut Cx,
         token: Token,

@@ -4,6 +4,7 @@
 //!  frame ─► checks ─┬─ refused ───────────────────────────────────────────────────────────► reply
 //!                   ├─ nothing to move ───────────────────────────────────────────────────► reply
 //!                   ├─ read, write: pieces, see `transfer` ───────────────────────────────► reply
+//!                   ├─ map, unmap: see `map` ──────────────────────────────────────────────► reply
 //!                   ├─ flush:  storage ───────────────────────────────────────────────────► reply
 //!                   └─ unbind: the binding drains, see `fence` ───────────────────────────► reply
 //! ```
@@ -11,6 +12,7 @@
 use super::backend::Work;
 use super::binding::{BindingRef, Drain};
 use super::channel::{Conn, Cx, Phase};
+use super::map::Wanted;
 use holdfast_shared::types::{Access, ByteRange, INLINE_BYTES_MAX, RegionDescriptor, Status};
 use holdfast_shared::wire::data::{Body, Flags, Frame, TAG_BYTES};
 use holdfast_verbs::memory::Buffer;
@@ -23,6 +25,8 @@ pub(crate) enum Ask {
     Write,
     Flush { data_only: bool },
     Unbind,
+    Map,
+    Unmap { mapping: u32 },
 }
 
 /// One request, from its receipt to its reply.
@@ -40,6 +44,8 @@ pub(crate) struct Request {
     pub(super) digest: Option<[u8; TAG_BYTES]>,
     /// Where the inline payload is in the message.
     pub(super) payload: Range<usize>,
+    /// Of a Map.
+    pub(super) map: Option<Box<Wanted>>,
     pub(super) message: Option<Buffer>,
     /// A piece read and not yet placed: its bytes, and whether the file ends behind it.
     pub(super) filled: Option<(Buffer, usize)>,
@@ -76,6 +82,8 @@ impl Request {
         let (ask, io) = match frame.body {
             Body::Read(io) => (Ask::Read, Some(io)),
             Body::Write(io) => (Ask::Write, Some(io)),
+            Body::Map(_) => (Ask::Map, None),
+            Body::Unmap(unmap) => (Ask::Unmap { mapping: unmap.mapping.get() }, None),
             Body::Flush(_) => (Ask::Flush { data_only: flags & Flags::DATA_ONLY != 0 }, None),
             // The caller lets nothing else through.
             _ => (Ask::Unbind, None),
@@ -87,11 +95,15 @@ impl Request {
             sequence: frame.header.sequence.get(),
             order: 0,
             binding,
-            offset: io.map_or(0, |io| io.offset.get()),
+            offset: match frame.body {
+                Body::Map(map) => map.offset.get(),
+                _ => io.map_or(0, |io| io.offset.get()),
+            },
             length: io.map_or(0, |io| io.length.get()),
             region: io.map_or(RegionDescriptor::NONE, |io| io.region),
             digest: frame.digest.copied(),
             payload: payload..payload + frame.payload.len(),
+            map: if let Body::Map(map) = frame.body { Some(Wanted::read(map)) } else { None },
             message: None,
             filled: None,
             next: 0,
@@ -129,6 +141,8 @@ impl Conn {
             Ask::Write => counts.requests_write_total.add(1),
             Ask::Flush { .. } => counts.requests_flush_total.add(1),
             Ask::Unbind => counts.requests_unbind_total.add(1),
+            Ask::Map => counts.requests_map_total.add(1),
+            Ask::Unmap { .. } => {}
         }
         counts.requests_in_flight.add(1);
         request.order = self.admitted;
@@ -186,6 +200,9 @@ impl Conn {
                 return Err(Status::Invalid);
             }
             return binding.serves();
+        }
+        if matches!(request.ask, Ask::Map | Ask::Unmap { .. }) {
+            return self.check_map(cx, request);
         }
         let piecewise = !binding.policy.covers_payload();
         let max = cx.settings.limits.transfer_bytes_max as usize;
@@ -269,6 +286,8 @@ impl Conn {
                     self.hand_over(cx, slot, &mut request, Work::Flush { data_only }, None, 0..0, 0, 0);
                     Step::Next
                 }
+                Ask::Map => self.step_map(cx, slot, &mut request),
+                Ask::Unmap { mapping } => self.step_unmap(cx, slot, &mut request, mapping),
                 Ask::Unbind => Step::Next,
             },
         };
@@ -308,7 +327,10 @@ impl Conn {
             Ask::Write => cx.gauges.bytes_written_total.add(u64::from(count)),
             _ => {}
         }
-        self.send_reply(cx, request.binding, request.number, status, count, digest);
+        match request.map.as_ref().and_then(|map| map.granted) {
+            Some(mapped) => self.send_mapped(cx, request.binding, request.number, &mapped),
+            None => self.send_reply(cx, request.binding, request.number, status, count, digest),
+        }
         self.free_slots.push(slot);
         self.in_flight = self.in_flight.saturating_sub(1);
         cx.gauges.requests_in_flight.sub(1);

@@ -3,6 +3,7 @@
 //! ```text
 //!   Restrict ─► every worker with bindings of the open: their rules are replaced ─► what comes now is checked against them
 //!                  │
+//!                  ├─ mappings that they forbid: withdrawn                                    │
 //!                  └─ reads and writes taken before: waited for, channel by channel ─► all have ended ─► Restricted
 //!                         nothing moves for `fence_ms`, or not done after `stuck_ms`: the channel is cut off
 //! ```
@@ -13,7 +14,7 @@
 use super::ControlPort;
 use super::channel::{Conn, Cx, Phase};
 use super::registry::HeldBinding;
-use super::request::{Ask, Request};
+use super::request::Request;
 use holdfast_shared::types::{Access, ByteRange, IoRule, OpenId, io_conflict};
 use holdfast_shared::wire::link::Restricted;
 use std::sync::Arc;
@@ -108,6 +109,7 @@ impl Conn {
                 binding.rules = restriction.rules.clone();
             }
         }
+        self.withdraw_restricted(cx, restriction.open());
         let before = self.admitted;
         let progress = self.restrict_progress(restriction.open(), before);
         if progress.requests > 0 {
@@ -128,7 +130,7 @@ impl Conn {
         let serving = self.phase == Phase::Open;
         self.requests.iter().flatten().filter(move |request| {
             request.order < before
-                && matches!(request.ask, Ask::Read | Ask::Write)
+                && request.ask.is_restricted()
                 && request.binding.and_then(|name| self.bindings.get(name)).is_some_and(|b| b.open == open)
                 // At a channel's end nothing more begins: what is under way is all there is.
                 && (request.in_progress() || (serving && request.answer.is_none()))
@@ -143,6 +145,9 @@ impl Conn {
             progress.fetches += u64::from(request.fetches);
             progress.storage += u64::from(request.storage);
         }
+        let withdrawing = self.withdrawing(open);
+        progress.requests += withdrawing;
+        progress.storage += withdrawing as u64;
         if progress.fetches == 0 {
             progress.completed = self.completed;
         }

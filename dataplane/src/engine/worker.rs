@@ -171,6 +171,8 @@ impl Worker {
                 Letter::Redeemed(redemption) => self.redeemed(redemption),
                 Letter::Fence(fence) => self.fence(fence),
                 Letter::Restrict(restriction) => self.restrict(&restriction),
+                Letter::Exposed(done) => self.with_conn(done.conn, |conn, cx| conn.exposed(cx, *done)),
+                Letter::Withdrawn(done) => self.with_conn(done.conn, |conn, cx| conn.withdrawn(cx, done)),
                 Letter::Snapshot(to) => self.snapshot(&to),
                 Letter::Stop => self.stop(),
             }
@@ -329,6 +331,14 @@ impl Worker {
         if let Some(conn) = self.conns.get_mut(index) {
             act(conn, &mut self.cx);
             self.settle(index);
+        }
+    }
+
+    /// As `with`, if the channel is still the one that is meant.
+    fn with_conn(&mut self, key: ConnKey, act: impl FnOnce(&mut Conn, &mut Cx)) {
+        let index = key.index as usize;
+        if self.conns.get(index).is_some_and(|conn| conn.key.generation == key.generation) {
+            self.with(index, act);
         }
     }
 

@@ -11,7 +11,7 @@ pub use client::{Client, Msg};
 pub use control::{FakeControl, Open, Told};
 pub use gate::{Gate, gated};
 
-use holdfast_dataplane::config::{EngineConfig, Limits};
+use holdfast_dataplane::config::{EngineConfig, Limits, MapConfig};
 use holdfast_dataplane::engine::{Engine, KernelFile, Opener, Settings};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::Access;
@@ -35,6 +35,7 @@ pub fn settings() -> Settings {
             ..EngineConfig::default()
         },
         limits: Limits { linger_ms: 50, channels_max: 128, ..Limits::default() },
+        map: MapConfig::default(),
         instance: [7; 16],
         verifier: 0x5EED,
     }

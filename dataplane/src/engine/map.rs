@@ -1,0 +1,541 @@
+//! One-sided reads: ranges of files that clients read without this process.
+//!
+//! ```text
+//!  Map ─► checks, limits ─► mapper thread: claims the lane, pins the pages ─► rules still allow it? ─► Mapped
+//!                                                                               │ no
+//!  Fence, Unbind, Restrict, Unmap, the channel's end ───────────────────────────┴─► withdrawer thread
+//!                                                                                      │ the device has let go
+//!            confirmed to control, answered to the client ◄── counted as storage work ◄┘
+//! ```
+//!
+//! A mapping belongs to a binding, and is work of it that is under way: what waits for the binding's storage work waits
+//! for its mappings' withdrawal. So no fence, restriction or unbind is confirmed while a byte can still be read.
+//!
+//! Mapping may have to read the disk, withdrawing unpins page after page: each has a thread, and neither holds up a worker
+//! or the other. This process never touches a byte of a mapping: a file that shrinks can't harm it.
+
+use super::ConnKey;
+use super::backend::FileIo;
+use super::binding::BindingRef;
+use super::channel::{Conn, Cx, Phase, Token};
+use super::inbox::{Inbox, Letter};
+use super::request::{Ask, Request, Step};
+use crate::config::MapConfig;
+use crate::gauges::Gauges;
+use holdfast_shared::types::{Access, ByteRange, OpenId, Status};
+use holdfast_shared::wire::data::{Map, Mapped, Opcode, Writer};
+use holdfast_shared::wire::service::TransportKind;
+use holdfast_transport::verbs::{Exposed, LaneEnd, Lanes};
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+/// Mappings pin whole pages.
+const PAGE: u64 = 4096;
+
+/// What a Map asks, and what it is granted.
+pub(crate) struct Wanted {
+    length: u64,
+    lane: LaneEnd,
+    pub(super) granted: Option<Mapped>,
+}
+
+impl Wanted {
+    pub(super) fn read(map: &Map) -> Box<Self> {
+        Box::new(Self { length: map.length.get(), lane: map.lane, granted: None })
+    }
+}
+
+/// What all workers share for it.
+pub(crate) struct Maps {
+    lanes: Arc<Lanes>,
+    pub(crate) limits: MapConfig,
+    used: Arc<Mutex<Used>>,
+    gauges: Arc<Gauges>,
+    expose: Sender<Expose>,
+    withdraw: Sender<Withdraw>,
+}
+
+#[derive(Default)]
+struct Used {
+    mappings: usize,
+    bytes: u64,
+}
+
+/// A place among the mappings of all channels; given back when the pages are unpinned.
+struct Reserved {
+    used: Arc<Mutex<Used>>,
+    gauges: Arc<Gauges>,
+    bytes: u64,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut used = self.used.lock();
+        used.mappings -= 1;
+        used.bytes -= self.bytes;
+        self.gauges.mappings.sub(1);
+        self.gauges.mapping_bytes.sub(self.bytes);
+    }
+}
+
+struct Expose {
+    worker: usize,
+    conn: ConnKey,
+    slot: u16,
+    file: Arc<dyn FileIo>,
+    lane: LaneEnd,
+    range: ByteRange,
+    reserved: Reserved,
+}
+
+/// What became of a Map.
+pub(crate) struct ExposeDone {
+    pub(crate) conn: ConnKey,
+    slot: u16,
+    range: ByteRange,
+    bytes: u64,
+    outcome: Result<(Exposed, Reserved), Status>,
+}
+
+struct Withdraw {
+    worker: usize,
+    done: WithdrawDone,
+    exposed: Exposed,
+    reserved: Reserved,
+}
+
+/// A mapping was withdrawn.
+#[derive(Clone, Copy)]
+pub(crate) struct WithdrawDone {
+    pub(crate) conn: ConnKey,
+    binding: BindingRef,
+    /// The request that asked for it.
+    unmap: Option<u16>,
+    bytes: u64,
+}
+
+impl Maps {
+    /// Starts the threads, one for each direction. They end when the last reference is gone.
+    pub(crate) fn start(
+        limits: MapConfig,
+        gauges: Arc<Gauges>,
+        inboxes: Vec<Arc<Inbox>>,
+    ) -> io::Result<(Arc<Self>, Vec<JoinHandle<()>>)> {
+        let lanes = Arc::new(Lanes::default());
+        let (expose, to_expose) = channel();
+        let (withdraw, to_withdraw) = channel();
+        let mut threads = Vec::new();
+        let (its_lanes, its_inboxes) = (Arc::clone(&lanes), inboxes.clone());
+        let run = move || map_all(&to_expose, &its_lanes, &its_inboxes);
+        threads.push(std::thread::Builder::new().name("mapper".into()).spawn(run)?);
+        let run = move || withdraw_all(&to_withdraw, &inboxes);
+        threads.push(std::thread::Builder::new().name("withdrawer".into()).spawn(run)?);
+        let used = Arc::default();
+        Ok((Arc::new(Self { lanes, limits, used, gauges, expose, withdraw }), threads))
+    }
+
+    /// Where listeners leave lanes.
+    pub(crate) fn lanes(&self) -> &Arc<Lanes> {
+        &self.lanes
+    }
+
+    fn reserve(&self, bytes: u64) -> Option<Reserved> {
+        let mut used = self.used.lock();
+        if used.mappings >= self.limits.mappings_max || used.bytes + bytes > self.limits.bytes_max {
+            return None;
+        }
+        used.mappings += 1;
+        used.bytes += bytes;
+        self.gauges.mappings.add(1);
+        self.gauges.mapping_bytes.add(bytes);
+        Some(Reserved { used: Arc::clone(&self.used), gauges: Arc::clone(&self.gauges), bytes })
+    }
+}
+
+fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
+    while let Ok(Expose { worker, conn, slot, file, lane, range, reserved }) = jobs.recv() {
+        let bytes = reserved.bytes;
+        let outcome = match (lanes.claim(&lane), usize::try_from(range.length())) {
+            (Some(claimed), Ok(length)) => claimed
+                .expose(file.descriptor(), range.offset(), length)
+                .map(|exposed| (exposed, reserved))
+                .map_err(|error| {
+                    tracing::debug!(%error, ?range, "a range cannot be mapped");
+                    status_of(&error)
+                }),
+            // No such lane, or it has waited too long.
+            _ => Err(Status::Invalid),
+        };
+        // The descriptor is held no longer than the job.
+        drop(file);
+        let done = ExposeDone { conn, slot, range, bytes, outcome };
+        inboxes[worker].send(Letter::Exposed(Box::new(done)));
+    }
+}
+
+fn withdraw_all(jobs: &Receiver<Withdraw>, inboxes: &[Arc<Inbox>]) {
+    while let Ok(Withdraw { worker, done, exposed, reserved }) = jobs.recv() {
+        match exposed.withdraw() {
+            Ok(spent) => {
+                drop(reserved);
+                inboxes[worker].send(Letter::Withdrawn(done));
+                // Nobody waits for the lane's own end.
+                drop(spent);
+            }
+            // A fence can't be confirmed, nor ever be: only the end of the process takes the pages back.
+            Err(error) => crate::fault::fatal("a mapping cannot be withdrawn from the device", &error),
+        }
+    }
+}
+
+fn status_of(error: &io::Error) -> Status {
+    match Errno::from_io_error(error) {
+        // The file has shrunk this moment, or the kernel pins no file's pages for reading.
+        Some(Errno::FAULT | Errno::NODEV | Errno::OPNOTSUPP) => Status::Unsupported,
+        Some(Errno::NOMEM | Errno::AGAIN | Errno::PERM) => Status::TooMany,
+        Some(Errno::ACCESS) => Status::AccessDenied,
+        None if matches!(error.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::PermissionDenied) => {
+            Status::TooMany
+        }
+        _ => Status::Io,
+    }
+}
+
+struct Mapping {
+    number: u32,
+    binding: BindingRef,
+    range: ByteRange,
+    exposed: Exposed,
+    reserved: Reserved,
+}
+
+/// The mappings of one channel.
+#[derive(Default)]
+pub(crate) struct ChannelMaps {
+    live: Vec<Mapping>,
+    /// Bindings of mappings that are being withdrawn, one entry for each.
+    withdrawing: Vec<BindingRef>,
+    /// All of them, those being made and being withdrawn included.
+    count: usize,
+    bytes: u64,
+    last: u32,
+}
+
+impl ChannelMaps {
+    fn forget(&mut self, bytes: u64) {
+        self.count = self.count.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
+
+/// Bytes of the pages that a range touches.
+fn pinned(range: ByteRange) -> u64 {
+    let start = range.offset() / PAGE * PAGE;
+    range.end().next_multiple_of(PAGE) - start
+}
+
+impl Conn {
+    /// Mappings a client of this channel may have; 0 if there are none here.
+    pub(super) fn mappings_max(&self, cx: &Cx) -> u32 {
+        let verbs = self.transport.identity().transport == TransportKind::Verbs;
+        let max = cx.maps.as_ref().filter(|_| verbs).map_or(0, |maps| maps.limits.channel_mappings_max);
+        u32::try_from(max).unwrap_or(u32::MAX)
+    }
+
+    /// Everything that can be said of a Map or Unmap before anything is done.
+    pub(super) fn check_map(&self, cx: &Cx, request: &Request) -> Result<(), Status> {
+        let Some(binding) = request.binding.and_then(|name| self.bindings.get(name)) else {
+            return Err(Status::NotBound);
+        };
+        if !request.payload.is_empty() || request.digest.is_some() {
+            return Err(Status::Invalid);
+        }
+        // What the device serves has no digest, and is not sealed.
+        if self.mappings_max(cx) == 0 || binding.policy.covers_payload() {
+            return Err(Status::Unsupported);
+        }
+        let Some(wanted) = &request.map else { return binding.serves() };
+        let range = ByteRange::new(request.offset, wanted.length).map_err(|_| Status::BadRange)?;
+        if range.length() == 0 {
+            return Err(Status::BadRange);
+        }
+        // The lane is of the client's own port: its queue pair is then its own affair.
+        if wanted.lane[4..] != self.transport.identity().client[4..] {
+            return Err(Status::Invalid);
+        }
+        if !binding.access.contains(Access::READ) {
+            return Err(Status::AccessDenied);
+        }
+        binding.serves()
+    }
+
+    /// Hands a Map to the mapper.
+    pub(super) fn step_map(&mut self, cx: &mut Cx, slot: u16, request: &mut Request) -> Step {
+        match self.begin_map(cx, slot, request) {
+            Ok(()) => Step::Next,
+            Err(status) => {
+                request.answer = Some((status, 0));
+                Step::Again
+            }
+        }
+    }
+
+    fn begin_map(&mut self, cx: &mut Cx, slot: u16, request: &mut Request) -> Result<(), Status> {
+        let (Some(maps), Some(wanted)) = (&cx.maps, &request.map) else { return Err(Status::Unsupported) };
+        let binding = request.binding.and_then(|name| self.bindings.get_mut(name)).ok_or(Status::NotBound)?;
+        let file = binding.file.as_ref().map(Arc::clone).ok_or(Status::Fenced)?;
+        let size = rustix::fs::fstat(file.descriptor()).map_err(|_| Status::Io)?.st_size;
+        let size = u64::try_from(size).unwrap_or(0);
+        let length = wanted.length.min(size.saturating_sub(request.offset));
+        let range = ByteRange::new(request.offset, length).map_err(|_| Status::BadRange)?;
+        if length == 0 {
+            // Beyond the end there is nothing to map.
+            return Err(Status::BadRange);
+        }
+        if binding.rules.refuse(range, Access::READ) {
+            cx.gauges.lock_conflicts_total.add(1);
+            return Err(Status::LockConflict);
+        }
+        let (bytes, mine) = (pinned(range), &mut self.maps);
+        if mine.count >= maps.limits.channel_mappings_max
+            || mine.bytes + bytes > maps.limits.channel_bytes_max
+            || mine.last == u32::MAX
+        {
+            return Err(Status::TooMany);
+        }
+        let reserved = maps.reserve(bytes).ok_or(Status::TooMany)?;
+        let job =
+            Expose { worker: cx.worker, conn: self.key, slot, file, lane: wanted.lane, range, reserved };
+        maps.expose.send(job).map_err(|_| Status::Internal)?;
+        mine.count += 1;
+        mine.bytes += bytes;
+        binding.storage_ops += 1;
+        self.storage_ops += 1;
+        request.storage += 1;
+        request.parked = true;
+        Ok(())
+    }
+
+    /// The mapper is done with a Map.
+    pub(crate) fn exposed(&mut self, cx: &mut Cx, done: ExposeDone) {
+        let ExposeDone { slot, range, bytes, outcome, .. } = done;
+        self.storage_ops = self.storage_ops.saturating_sub(1);
+        let taken = self.requests.get_mut(usize::from(slot)).and_then(Option::take);
+        let Some(mut request) = taken else {
+            self.maps.forget(bytes);
+            // What was exposed is withdrawn as it is dropped.
+            return tracing::error!("a mapping for a request that is gone");
+        };
+        request.storage = request.storage.saturating_sub(1);
+        request.parked = false;
+        let allowed = match request.binding.and_then(|name| self.bindings.get_mut(name)) {
+            None => Err(Status::NotBound),
+            Some(binding) => {
+                binding.storage_ops = binding.storage_ops.saturating_sub(1);
+                binding.serves().and_then(|()| {
+                    // They may have changed meanwhile.
+                    let refused = binding.rules.refuse(range, Access::READ);
+                    if refused { Err(Status::LockConflict) } else { Ok(()) }
+                })
+            }
+        };
+        let allowed = if self.phase == Phase::Open { allowed } else { Err(Status::Closed) };
+        let status = match (outcome, allowed, request.binding) {
+            (Ok((exposed, reserved)), allowed, Some(binding)) => {
+                self.maps.last += 1;
+                let mapping = Mapping { number: self.maps.last, binding, range, exposed, reserved };
+                match allowed {
+                    Ok(()) => {
+                        let granted = Mapped {
+                            credits: 1.into(),
+                            reserved: [0; 2],
+                            mapping: mapping.number.into(),
+                            address: mapping.exposed.address().into(),
+                            length: range.length().into(),
+                            rkey: mapping.exposed.rkey().into(),
+                            reserved2: [0; 4],
+                        };
+                        if let Some(wanted) = &mut request.map {
+                            wanted.granted = Some(granted);
+                        }
+                        self.maps.live.push(mapping);
+                        Status::Ok
+                    }
+                    Err(status) => {
+                        self.withdraw(cx, mapping, None);
+                        status
+                    }
+                }
+            }
+            (outcome, _, _) => {
+                self.maps.forget(bytes);
+                outcome.err().unwrap_or(Status::NotBound)
+            }
+        };
+        request.answer = Some((status, 0));
+        self.resume(cx, slot, request);
+    }
+
+    /// Withdraws the mapping a client names; one that is gone already is answered at once.
+    pub(super) fn step_unmap(&mut self, cx: &mut Cx, slot: u16, request: &mut Request, mapping: u32) -> Step {
+        let found = self
+            .maps
+            .live
+            .iter()
+            .position(|live| live.number == mapping && Some(live.binding) == request.binding);
+        match found {
+            Some(index) => {
+                let mapping = self.maps.live.swap_remove(index);
+                request.storage += 1;
+                request.parked = true;
+                self.withdraw(cx, mapping, Some(slot));
+                Step::Next
+            }
+            None => {
+                let was = (1..=self.maps.last).contains(&mapping);
+                request.answer = Some((if was { Status::Ok } else { Status::Invalid }, 0));
+                Step::Again
+            }
+        }
+    }
+
+    /// A mapping was withdrawn.
+    pub(crate) fn withdrawn(&mut self, cx: &mut Cx, done: WithdrawDone) {
+        self.storage_ops = self.storage_ops.saturating_sub(1);
+        self.maps.forget(done.bytes);
+        if let Some(index) = self.maps.withdrawing.iter().position(|name| *name == done.binding) {
+            self.maps.withdrawing.swap_remove(index);
+        }
+        if let Some(binding) = self.bindings.get_mut(done.binding) {
+            binding.storage_ops = binding.storage_ops.saturating_sub(1);
+        }
+        let request = done.unmap.and_then(|slot| self.requests.get_mut(usize::from(slot))?.take());
+        match (done.unmap, request) {
+            (Some(slot), Some(mut request)) => {
+                request.storage = request.storage.saturating_sub(1);
+                request.parked = false;
+                request.answer = Some((Status::Ok, 0));
+                self.resume(cx, slot, request);
+            }
+            _ if self.draining > 0 => self.finish_drains(cx),
+            _ => {}
+        }
+    }
+
+    /// A request of ours is to be answered.
+    fn resume(&mut self, cx: &mut Cx, slot: u16, request: Request) {
+        self.requests[usize::from(slot)] = Some(request);
+        if self.phase == Phase::Open {
+            self.requeue(slot);
+        }
+        if self.draining > 0 {
+            self.finish_drains(cx);
+        }
+    }
+
+    /// Withdraws all mappings of a binding. They are among its storage work until that is done.
+    pub(super) fn withdraw_of(&mut self, cx: &Cx, name: BindingRef) {
+        self.withdraw_those(cx, |mapping| mapping.binding == name);
+    }
+
+    /// Withdraws all mappings.
+    pub(super) fn withdraw_every(&mut self, cx: &Cx) {
+        self.withdraw_those(cx, |_| true);
+    }
+
+    /// Withdraws those mappings of an open that its rules no longer allow.
+    pub(super) fn withdraw_restricted(&mut self, cx: &Cx, open: OpenId) {
+        let mut at = 0;
+        while let Some(mapping) = self.maps.live.get(at) {
+            let refused = self
+                .bindings
+                .get(mapping.binding)
+                .is_some_and(|b| b.open == open && b.rules.refuse(mapping.range, Access::READ));
+            if refused {
+                let mapping = self.maps.live.swap_remove(at);
+                self.withdraw(cx, mapping, None);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    fn withdraw_those(&mut self, cx: &Cx, which: impl Fn(&Mapping) -> bool) {
+        let mut at = 0;
+        while let Some(mapping) = self.maps.live.get(at) {
+            if which(mapping) {
+                let mapping = self.maps.live.swap_remove(at);
+                self.withdraw(cx, mapping, None);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    fn withdraw(&mut self, cx: &Cx, mapping: Mapping, unmap: Option<u16>) {
+        let Mapping { binding, exposed, reserved, .. } = mapping;
+        let done = WithdrawDone { conn: self.key, binding, unmap, bytes: reserved.bytes };
+        if let Some(binding) = self.bindings.get_mut(binding) {
+            binding.storage_ops += 1;
+        }
+        self.storage_ops += 1;
+        self.maps.withdrawing.push(binding);
+        let Some(maps) = &cx.maps else { return };
+        // The thread ends after the workers: it takes it.
+        let _ = maps.withdraw.send(Withdraw { worker: cx.worker, done, exposed, reserved });
+    }
+
+    /// Mappings of an open that are being withdrawn.
+    pub(super) fn withdrawing(&self, open: OpenId) -> usize {
+        let of_it = |name: &&BindingRef| self.bindings.get(**name).is_some_and(|b| b.open == open);
+        self.maps.withdrawing.iter().filter(of_it).count()
+    }
+
+    /// Answers a granted Map. There must be room.
+    pub(super) fn send_mapped(
+        &mut self,
+        cx: &mut Cx,
+        binding: Option<BindingRef>,
+        request: u32,
+        mapped: &Mapped,
+    ) {
+        let (Some(mut buffer), Some(binding)) =
+            (self.send_buffers.pop(), binding.and_then(|name| self.bindings.get(name)))
+        else {
+            self.abort(cx, "no send buffer, or no binding: our own fault");
+            return;
+        };
+        let built = (|| {
+            let sequence = self.send_sequence;
+            let mut w = Writer::new(&mut buffer, Opcode::Mapped, 0, binding.number, request, sequence)?;
+            w.body(mapped)?;
+            Ok(w.finish(|covered, mac| binding.to_client.sign(covered, mac)))
+        })();
+        self.submit_frame(cx, Token::Send, buffer, built);
+    }
+}
+
+impl Ask {
+    /// True for what exposes or reads bytes, or writes them: what rules can forbid.
+    pub(super) fn is_restricted(self) -> bool {
+        matches!(self, Self::Read | Self::Write | Self::Map)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_pages_count() {
+        let range = |offset, length| ByteRange::new(offset, length).unwrap();
+        assert_eq!(pinned(range(0, 1)), 4096);
+        assert_eq!(pinned(range(4095, 2)), 8192);
+        assert_eq!(pinned(range(4096, 4096)), 4096);
+        assert_eq!(pinned(range(ByteRange::END_MAX - 1, 1)), 4096);
+    }
+}
