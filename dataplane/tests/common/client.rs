@@ -3,7 +3,8 @@
 use super::Open;
 use holdfast_shared::auth::{BindAnswer, BindTranscript, FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, FRAME_BYTES_MAX, HandleId, RegionDescriptor, Status};
-use holdfast_shared::wire::data::{Bind, Body, Flush, Frame, Hello, Io, Opcode, Writer};
+use holdfast_shared::wire::data::{Bind, Body, Flush, Frame, Hello, Io, Map, Mapped, Opcode, Unmap, Writer};
+use holdfast_transport::verbs::LaneEnd;
 use holdfast_transport::{Channel, Completion, Kind, Operation, Registration, RemoteAccess, Setup};
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ pub enum Msg {
     BindReply { request: u32, status: Status, binding: u32, body: holdfast_shared::wire::data::BindReply },
     Reply { request: u32, status: Status, count: u32, binding: u32, digest: Option<[u8; 16]>, sequence: u64 },
     Notice { binding: u32, status: Status },
+    Mapped { request: u32, body: Mapped },
 }
 
 struct Bound {
@@ -146,7 +148,7 @@ impl Client {
         let (binding, request) = (frame.header.binding.get(), frame.header.request.get());
         let bound = self.bound.iter().find(|b| b.number == binding);
         match (bound, frame.opcode) {
-            (Some(bound), Opcode::Reply | Opcode::Notice) => {
+            (Some(bound), Opcode::Reply | Opcode::Notice | Opcode::Mapped) => {
                 assert!(bound.back.verify(&frame), "the server's MAC")
             }
             (None, Opcode::Reply | Opcode::Notice) => {
@@ -175,6 +177,7 @@ impl Client {
                 }
             }
             Body::Notice(body) => Msg::Notice { binding, status: status(body.status.get()) },
+            Body::Mapped(body) => Msg::Mapped { request, body: *body },
             other => panic!("a server does not send {other:?}"),
         }
     }
@@ -357,6 +360,46 @@ impl Client {
         let n = w.finish(|covered, mac| key.sign(covered, mac));
         self.sequence += 1;
         self.send_raw(buffer, n);
+        request
+    }
+
+    pub fn send_map(&mut self, binding: u32, offset: u64, length: u64, lane: LaneEnd) -> u32 {
+        let body = Map { offset: offset.into(), length: length.into(), lane, reserved: [0; 4] };
+        self.send_plain(Opcode::Map, binding, |w| w.body(&body).map(drop).unwrap())
+    }
+
+    /// Maps; or why not.
+    pub fn map(&mut self, binding: u32, offset: u64, length: u64, lane: LaneEnd) -> Result<Mapped, Status> {
+        let wanted = self.send_map(binding, offset, length, lane);
+        loop {
+            match self.receive() {
+                Some(Msg::Mapped { request, body }) if request == wanted => return Ok(body),
+                Some(Msg::Reply { request, status, .. }) if request == wanted => return Err(status),
+                Some(other) => self.stash.push_back(other),
+                None => panic!("no answer to the map"),
+            }
+        }
+    }
+
+    pub fn send_unmap(&mut self, binding: u32, mapping: u32) -> u32 {
+        let body = Unmap { mapping: mapping.into(), reserved: 0.into() };
+        self.send_plain(Opcode::Unmap, binding, |w| w.body(&body).map(drop).unwrap())
+    }
+
+    pub fn unmap(&mut self, binding: u32, mapping: u32) -> Status {
+        let request = self.send_unmap(binding, mapping);
+        self.answer(request).0
+    }
+
+    /// Sends a request that is a body and nothing else.
+    fn send_plain(&mut self, opcode: Opcode, binding: u32, body: impl FnOnce(&mut Writer<'_>)) -> u32 {
+        let (request, key) = (self.request(), self.mac(binding));
+        let mut buffer = self.message();
+        let mut w = Writer::new(&mut buffer, opcode, 0, binding, request, self.sequence).unwrap();
+        body(&mut w);
+        let length = w.finish(|covered, mac| key.sign(covered, mac));
+        self.sequence += 1;
+        self.send_raw(buffer, length);
         request
     }
 

@@ -1,0 +1,361 @@
+//! One-sided reads over real verbs: what is granted, and that nothing is read once it was taken back. Without an RDMA device
+//! only what is refused can be tested: the rest says so, and fails if `HOLDFAST_REQUIRE_RDMA` is set.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests
+
+mod common;
+
+use common::{Client, Open, Rig, Told, eventually, pattern};
+use holdfast_dataplane::config::MapConfig;
+use holdfast_shared::auth::MacPolicy;
+use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
+use holdfast_shared::wire::data::Mapped;
+use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
+use holdfast_transport::verbs::{Lane, LaneRead, VerbsListener};
+use holdfast_transport::{Listener, OperationError, Registration, verbs};
+use holdfast_verbs::Device;
+use std::net::SocketAddr;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+const WAIT: Duration = Duration::from_secs(10);
+
+/// A server with a listener, whose thread takes channels and lanes until this is dropped.
+struct Server {
+    rig: Rig,
+    address: SocketAddr,
+    stop: Box<dyn Fn() + Send + Sync>,
+    accepting: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Server {
+    /// `None` without an RDMA device.
+    fn start(map: MapConfig) -> Option<Self> {
+        let addresses: Vec<_> =
+            Device::list().unwrap().iter().flat_map(|device| device.ipv4_addresses().unwrap()).collect();
+        let Some(address) = addresses.first() else {
+            assert!(std::env::var_os("HOLDFAST_REQUIRE_RDMA").is_none(), "there is no RDMA device");
+            println!("skipped: no RDMA device here");
+            return None;
+        };
+        let rig = Rig::with(|settings| settings.map = map);
+        let mut listener = VerbsListener::bind((*address, 0).into()).unwrap();
+        if let Some(lanes) = rig.engine.lanes() {
+            listener.serve_lanes(Arc::clone(lanes));
+        }
+        let address = SocketAddr::from((*address, listener.address().port()));
+        let (engine, stop) = (Arc::clone(&rig.engine), listener.stopper());
+        let accepting = Some(std::thread::spawn(move || {
+            while let Ok(channel) = listener.accept(&mut |peer| engine.setup(peer)) {
+                engine.adopt(channel);
+            }
+        }));
+        Some(Self { rig, address, stop, accepting })
+    }
+
+    fn client(&self) -> Client {
+        let parts = Client::parts();
+        let channel = verbs::connect(self.address, WAIT, parts.setup()).unwrap();
+        let mut client = Client::new(Box::new(channel), parts);
+        client.hello();
+        client
+    }
+
+    fn bound(&self, content: &[u8]) -> (Client, u32, Open) {
+        let open = self.rig.open(content);
+        let mut client = self.client();
+        let binding = client.bind(&open).unwrap();
+        (client, binding, open)
+    }
+
+    fn lane(&self, client: &Client) -> Lane {
+        client.channel.registrar().lane(self.address, WAIT, 16).unwrap()
+    }
+
+    fn map(&self, client: &mut Client, binding: u32, at: u64, length: u64) -> Result<View, Status> {
+        let lane = self.lane(client);
+        client.map(binding, at, length, lane.end()).map(|mapped| View { lane, mapped, done: Vec::new() })
+    }
+
+    fn fence_last(&self) -> Fence {
+        let fence = Fence { binding: self.rig.control.last(), epoch: 5, reason: Status::Fenced };
+        self.rig.engine.fence(fence);
+        fence
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        (self.stop)();
+        self.accepting.take().unwrap().join().unwrap();
+    }
+}
+
+fn on() -> MapConfig {
+    MapConfig { enabled: true, ..MapConfig::default() }
+}
+
+/// A mapping, as its client reads it.
+struct View {
+    lane: Lane,
+    mapped: Mapped,
+    done: Vec<LaneRead>,
+}
+
+impl View {
+    fn submit(&mut self, memory: &Registration, token: u64, at: u64, into: std::ops::Range<usize>) -> bool {
+        let address = self.mapped.address.get().wrapping_add(at);
+        self.lane.read(token, memory, into, address, self.mapped.rkey.get()).is_ok()
+    }
+
+    /// The next read that ends; `None` once the lane has ended and nothing is in flight.
+    fn next(&mut self) -> Option<LaneRead> {
+        let end = std::time::Instant::now() + WAIT;
+        while self.done.is_empty() {
+            if self.lane.poll(&mut self.done) == 0 && self.lane.has_ended() && self.lane.in_flight() == 0 {
+                return None;
+            }
+            assert!(std::time::Instant::now() < end, "a read does not end");
+            std::thread::yield_now();
+        }
+        Some(self.done.remove(0))
+    }
+
+    fn read(&mut self, client: &Client, at: u64, length: usize) -> Result<Vec<u8>, OperationError> {
+        client.region().zero(0..length).unwrap();
+        if !self.submit(&client.memory, 7, at, 0..length) {
+            return Err(OperationError::Flushed);
+        }
+        let read = self.next().unwrap();
+        assert_eq!(read.token, 7);
+        read.outcome?;
+        let mut bytes = vec![0; length];
+        client.region().copy_out(0, &mut bytes).unwrap();
+        Ok(bytes)
+    }
+}
+
+#[test]
+fn a_client_reads_what_it_mapped_as_it_changes_until_it_unmaps() {
+    let Some(server) = Server::start(on()) else { return };
+    let before = holdfast_verbs::gauges();
+    let content = pattern(1 << 20, 1);
+    let (mut client, binding, open) = server.bound(&content);
+    assert_eq!(client.hello.unwrap().mappings_max.get(), 16);
+    let mut view = server.map(&mut client, binding, 5000, 100_000).unwrap();
+    assert_eq!(view.mapped.length.get(), 100_000);
+    assert_eq!(view.read(&client, 0, 100_000).unwrap(), content[5000..105_000]);
+    assert_eq!((server.rig.gauge("mappings"), server.rig.gauge("mapping_bytes")), (1, 25 * 4096));
+    // Writes of any client, and of anybody on the server's host, are seen at once.
+    assert_eq!(client.write_inline(binding, 5000, b"through"), (Status::Ok, 7));
+    open.file.write_all_at(b"beside", 5007).unwrap();
+    assert_eq!(view.read(&client, 0, 13).unwrap(), b"throughbeside");
+    // What lies beyond the end of the file is left out.
+    let tail = server.map(&mut client, binding, (1 << 20) - 10, 100).unwrap();
+    assert_eq!(tail.mapped.length.get(), 10);
+    let number = view.mapped.mapping.get();
+    assert_eq!(client.unmap(binding, number), Status::Ok);
+    assert!(view.read(&client, 0, 10).is_err());
+    assert_eq!(client.unmap(binding, number), Status::Ok, "once more");
+    assert_eq!(client.unmap(binding, 99), Status::Invalid);
+    // The channel and the other mapping go on, and end together.
+    let mut tail = tail;
+    assert_eq!(tail.read(&client, 0, 10).unwrap(), content[(1 << 20) - 10..]);
+    assert_eq!(client.read(binding, 0, 4).0, Status::Ok);
+    drop((client, view, tail));
+    eventually("released", || server.rig.control.all_released());
+    assert_eq!((server.rig.gauge("mappings"), server.rig.gauge("mapping_bytes")), (0, 0));
+    eventually("nothing is left", || holdfast_verbs::gauges().queue_pairs == before.queue_pairs);
+    assert_eq!(holdfast_verbs::gauges().mapped_bytes, before.mapped_bytes);
+}
+
+/// The canary: once a fence is confirmed, whatever is written to the file is never read by who was fenced.
+#[test]
+fn a_fenced_client_that_reads_at_full_speed_gets_not_one_byte_more() {
+    const SIZE: usize = 64 << 10;
+    const DEPTH: usize = 4;
+    let Some(server) = Server::start(on()) else { return };
+    for round in 0..20 {
+        let (mut client, binding, open) = server.bound(&vec![b'a'; SIZE]);
+        let mut view = server.map(&mut client, binding, 0, SIZE as u64).unwrap();
+        let memory = &client.memory;
+        for slot in 0..DEPTH {
+            assert!(view.submit(memory, slot as u64, 0, slot * SIZE..(slot + 1) * SIZE));
+        }
+        let (confirmed, reads) = std::thread::scope(|scope| {
+            let reading = scope.spawn(|| {
+                let (mut reads, mut bytes) = (0, vec![0; SIZE]);
+                while let Some(LaneRead { token, outcome: Ok(count) }) = view.next() {
+                    let start = token as usize * SIZE;
+                    memory.region().copy_out(start, &mut bytes).unwrap();
+                    assert_eq!(count, SIZE);
+                    assert!(bytes.iter().all(|byte| *byte == b'a'), "round {round}: the canary was read");
+                    reads += 1;
+                    let _ = view.submit(memory, token, 0, start..start + SIZE);
+                }
+                reads
+            });
+            std::thread::sleep(Duration::from_micros(300 * round));
+            let fence = server.fence_last();
+            let told = || server.rig.control.told().contains(&Told::Fenced(fence));
+            eventually("fenced", told);
+            // Confirmed: only now may anybody else write.
+            open.file.write_all_at(&[b'X'; SIZE], 0).unwrap();
+            (told(), reading.join().unwrap())
+        });
+        assert!(confirmed);
+        println!("round {round}: {reads} reads before the fence");
+        let _ = binding;
+    }
+}
+
+#[test]
+fn lck_01_rules_take_back_the_mappings_that_they_forbid_and_no_other() {
+    let Some(server) = Server::start(on()) else { return };
+    let (mut client, binding, open) = server.bound(&[b'a'; 20_000]);
+    let mut first = server.map(&mut client, binding, 0, 8192).unwrap();
+    let mut second = server.map(&mut client, binding, 8192, 8192).unwrap();
+    let rules = |deny| vec![IoRule { range: ByteRange::new(8191, 1).unwrap(), deny }];
+    let restrict = |version, rules| {
+        server.rig.engine.restrict(Restrict { open: open.id, version, rules });
+        let told = Told::Restricted(Restricted { open: open.id, version });
+        eventually("restricted", || server.rig.control.told().contains(&told));
+    };
+    restrict(1, rules(Access::WRITE));
+    assert_eq!(first.read(&client, 0, 8192).unwrap(), [b'a'; 8192], "who locks for reading lets read");
+    restrict(2, rules(Access::READ | Access::WRITE));
+    open.file.write_all_at(&[b'X'; 8192], 0).unwrap();
+    assert!(first.read(&client, 0, 8192).is_err());
+    assert_eq!(second.read(&client, 0, 8192).unwrap(), [b'a'; 8192]);
+    assert_eq!(server.map(&mut client, binding, 8000, 1000).map(|_| ()), Err(Status::LockConflict));
+    restrict(3, Vec::new());
+    let mut again = server.map(&mut client, binding, 8000, 100).unwrap();
+    assert_eq!(again.read(&client, 0, 100).unwrap(), [b'X'; 100]);
+}
+
+#[test]
+fn an_unbind_takes_back_its_mappings_alone_and_frees_their_places() {
+    let map = MapConfig { channel_mappings_max: 2, channel_bytes_max: 64 << 10, ..on() };
+    let Some(server) = Server::start(MapConfig { mappings_max: 3, bytes_max: 80 << 10, ..map }) else {
+        return;
+    };
+    let (mut client, binding, open) = server.bound(&[b'a'; 1 << 20]);
+    let other = client.bind(&open).unwrap();
+    let mut of_other = server.map(&mut client, other, 0, 4096).unwrap();
+    assert_eq!(server.map(&mut client, binding, 0, 61_441).map(|_| ()), Err(Status::TooMany), "bytes");
+    let mut mine = server.map(&mut client, binding, 0, 61_440).unwrap();
+    assert_eq!(server.map(&mut client, binding, 0, 1).map(|_| ()), Err(Status::TooMany), "mappings");
+    let (mut second, its, _) = server.bound(&[b'a'; 1 << 20]);
+    assert_eq!(server.map(&mut second, its, 0, 20_000).map(|_| ()), Err(Status::TooMany), "bytes in all");
+    let request = client.send_unbind(binding);
+    assert_eq!(client.answer(request).0, Status::Ok);
+    open.file.write_all_at(b"X", 0).unwrap();
+    assert!(mine.read(&client, 0, 1).is_err());
+    assert_eq!(of_other.read(&client, 0, 1).unwrap(), b"X");
+    // Its place is free.
+    server.map(&mut second, its, 0, 20_000).unwrap();
+    let unmapping = of_other.mapped.mapping.get();
+    assert_eq!(client.unmap(other, unmapping), Status::Ok);
+    assert_eq!(client.map(binding, 0, 1, of_other.lane.end()), Err(Status::Closed));
+}
+
+#[test]
+fn a_file_that_shrinks_beside_the_server_harms_nobody() {
+    let Some(server) = Server::start(on()) else { return };
+    let content = pattern(1 << 20, 3);
+    let (mut client, binding, open) = server.bound(&content);
+    let mut view = server.map(&mut client, binding, 0, 1 << 20).unwrap();
+    for round in 0..50u64 {
+        open.file.set_len(if round % 2 == 0 { 100 } else { 1 << 20 }).unwrap();
+        // What was pinned is what is served; the device faults on nothing.
+        assert_eq!(view.read(&client, 1 << 19, 4096).unwrap(), content[1 << 19..(1 << 19) + 4096]);
+    }
+    open.file.set_len(100).unwrap();
+    assert_eq!(server.map(&mut client, binding, 100, 1).map(|_| ()), Err(Status::BadRange));
+    let mut rest = server.map(&mut client, binding, 0, 4096).unwrap();
+    assert_eq!(
+        (rest.mapped.length.get(), rest.read(&client, 0, 100).unwrap()),
+        (100, content[..100].to_vec())
+    );
+    assert_eq!(client.read(binding, 0, 4096), (Status::Ok, content[..100].to_vec()));
+}
+
+#[test]
+fn bytes_beside_the_mapping_are_not_served() {
+    let Some(server) = Server::start(on()) else { return };
+    let (mut client, binding, _open) = server.bound(&[b'a'; 20_000]);
+    for at in [u64::MAX, 1000] {
+        let mut view = server.map(&mut client, binding, 4096, 1000).unwrap();
+        assert_eq!(view.read(&client, at, 1), Err(OperationError::RemoteAccess));
+        assert!(view.read(&client, 0, 1).is_err(), "its lane is at its end");
+    }
+    assert_eq!(client.read(binding, 0, 1).0, Status::Ok, "the channel goes on");
+}
+
+#[test]
+fn what_may_not_be_mapped_is_refused() {
+    let Some(server) = Server::start(on()) else { return };
+    let (mut client, binding, open) = server.bound(&[b'a'; 4096]);
+    let lane = server.lane(&client);
+    assert_eq!(client.map(binding, 0, 0, lane.end()), Err(Status::BadRange));
+    assert_eq!(client.map(binding, u64::MAX, 2, lane.end()), Err(Status::BadRange));
+    assert_eq!(client.map(binding, 4096, 1, lane.end()), Err(Status::BadRange));
+    let mut unknown = lane.end();
+    unknown[0] ^= 1;
+    assert_eq!(client.map(binding, 0, 1, unknown), Err(Status::Invalid));
+    let mut elsewhere = lane.end();
+    elsewhere[19] ^= 1;
+    assert_eq!(client.map(binding, 0, 1, elsewhere), Err(Status::Invalid));
+    client.map(binding, 0, 1, lane.end()).unwrap();
+    assert_eq!(client.map(binding, 0, 1, lane.end()), Err(Status::Invalid), "a lane has one mapping");
+    let write_only = client.bind_as(&open, Access::WRITE, MacPolicy::Header, |_| {}).unwrap();
+    assert_eq!(server.map(&mut client, write_only, 0, 1).map(|_| ()), Err(Status::AccessDenied));
+    for policy in [MacPolicy::Payload, MacPolicy::Sealed] {
+        let covered = server.rig.control.open(&[b'a'; 4096], Access::ALL, policy);
+        let binding = client.bind(&covered).unwrap();
+        assert_eq!(
+            server.map(&mut client, binding, 0, 1).map(|_| ()),
+            Err(Status::Unsupported),
+            "{policy:?}"
+        );
+    }
+    assert_eq!(server.rig.gauge("mappings"), 1);
+}
+
+#[test]
+fn lanes_that_nobody_claims_go() {
+    let Some(server) = Server::start(on()) else { return };
+    let client = server.client();
+    let lanes = Arc::clone(server.rig.engine.lanes().unwrap());
+    let first = server.lane(&client);
+    assert_eq!(lanes.waiting(), 1);
+    drop(first);
+    eventually("its client has gone", || lanes.waiting() == 0);
+    // For one more than may wait, the oldest goes.
+    let mut all: Vec<_> = (0..65).map(|_| server.lane(&client)).collect();
+    assert_eq!(lanes.waiting(), 64);
+    assert!(lanes.claim(&all[0].end()).is_none());
+    assert!(lanes.claim(&all[64].end()).is_some());
+    all.truncate(2);
+    eventually("the others have waited too long", || lanes.waiting() == 0);
+}
+
+#[test]
+fn it_is_off_by_default() {
+    let Some(server) = Server::start(MapConfig::default()) else { return };
+    let (mut client, binding, _open) = server.bound(b"content");
+    assert_eq!(client.hello.unwrap().mappings_max.get(), 0);
+    assert!(client.channel.registrar().lane(server.address, WAIT, 16).is_err());
+    assert_eq!(client.map(binding, 0, 1, [0; 20]), Err(Status::Unsupported));
+    assert_eq!(client.read(binding, 0, 7), (Status::Ok, b"content".to_vec()));
+}
+
+#[test]
+fn other_transports_have_none() {
+    let rig = Rig::with(|settings| settings.map = on());
+    let (mut client, binding, _open) = rig.bound(b"content");
+    assert_eq!(client.hello.unwrap().mappings_max.get(), 0);
+    assert_eq!(client.map(binding, 0, 1, [0; 20]), Err(Status::Unsupported));
+    assert_eq!(client.unmap(binding, 1), Status::Unsupported);
+    assert_eq!(client.read(binding, 0, 7), (Status::Ok, b"content".to_vec()));
+}
