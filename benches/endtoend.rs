@@ -1,7 +1,8 @@
 //! Reads and writes through the client library against a real server: both planes are processes of their own. 4 KiB and
 //! 1 MiB, one and eight requests in flight, over tcp and verbs. The file is in the page cache.
 //!
-//! Writes of 4 KiB travel inside their request; those of 1 MiB are fetched by the server.
+//! Writes of 4 KiB travel inside their request; those of 1 MiB are fetched by the server. Over verbs the file is read one-sided
+//! too, out of a mapping of all of it.
 
 mod common;
 
@@ -20,6 +21,16 @@ fn endtoend(c: &mut Criterion, server: &Server, name: &str, transport: Transport
             for depth in [1, 8] {
                 let id = format!("{way} {label} depth {depth}");
                 group.bench_function(id, |b| b.iter_custom(|n| client.run(way, size, depth, n)));
+            }
+        }
+    }
+    if transport == Transport::Verbs {
+        let mapping = client.map();
+        for (label, size) in SIZES {
+            group.throughput(Throughput::Bytes(size as u64));
+            for depth in [1, 8] {
+                let id = format!("one-sided read {label} depth {depth}");
+                group.bench_function(id, |b| b.iter_custom(|n| client.run_mapped(&mapping, size, depth, n)));
             }
         }
     }

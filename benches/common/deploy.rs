@@ -7,7 +7,9 @@
 //!      region ◄─ place / fetch, tcp or verbs ────► holdfast-dataplane ◄┘ descriptor ─► D/data/bench, in the page cache
 //! ```
 
-use holdfast_client::{Binding, Config, InFlight, OpenOptions, Place, Region, Result, Session, Transport};
+use holdfast_client::{
+    Binding, Config, InFlight, Mapping, OpenOptions, Place, Region, Result, Session, Transport,
+};
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -61,11 +63,10 @@ impl Server {
         let path = home.join("control.toml");
         let text = std::fs::read_to_string(&path).expect("control.toml");
         std::fs::write(&path, change(text)).expect("control.toml");
-        if let Ok(more) = std::env::var("HOLDFAST_BENCH_DATAPLANE") {
-            let path = home.join("dataplane.toml");
-            let text = std::fs::read_to_string(&path).expect("dataplane.toml");
-            std::fs::write(&path, format!("{text}\n{more}\n")).expect("dataplane.toml");
-        }
+        let more = std::env::var("HOLDFAST_BENCH_DATAPLANE").unwrap_or_default();
+        let path = home.join("dataplane.toml");
+        let text = std::fs::read_to_string(&path).expect("dataplane.toml");
+        std::fs::write(&path, format!("{text}\n{more}\n[map]\nenabled = true\n")).expect("dataplane.toml");
         let log = std::fs::File::create(dir.path().join("serve.log")).expect("a log");
         let mut serve = Command::new(program("holdfast"))
             .args(["serve", "--json", "--dir"])
@@ -162,6 +163,32 @@ impl Client {
         let binding = connected.unwrap_or_else(|error| panic!("{error}\n{}", server.log()));
         let region = Region::allocate(8 << 20).expect("memory");
         Self { runtime, binding, region, next: 0 }
+    }
+
+    /// Maps the whole file, to be read one-sided.
+    pub fn map(&self) -> Mapping {
+        self.runtime.block_on(self.binding.map(0..FILE_BYTES as u64)).expect("a mapping")
+    }
+
+    /// As [`Client::run`], one-sided. Each of `depth` tasks reads its share, one piece after the other.
+    pub fn run_mapped(&mut self, mapping: &Mapping, size: usize, depth: usize, count: u64) -> Duration {
+        assert!(size * depth <= self.region.len(), "the region is too small");
+        let begun = Instant::now();
+        self.runtime.block_on(async {
+            let mut tasks = tokio::task::JoinSet::new();
+            for lane in 0..depth {
+                let (mapping, region) = (mapping.clone(), self.region.clone());
+                tasks.spawn(async move {
+                    for number in (lane as u64..count).step_by(depth) {
+                        let at = number % (FILE_BYTES / size) as u64 * size as u64;
+                        let read = mapping.read_at(&region, lane * size..(lane + 1) * size, at).await;
+                        assert_eq!(read.expect("no failure"), size, "a short transfer");
+                    }
+                });
+            }
+            tasks.join_all().await;
+        });
+        begun.elapsed()
     }
 
     /// Moves `count` pieces of `size` bytes, `depth` of them in flight, and says how long that took. Each lane has its

@@ -39,7 +39,7 @@ impl FileRegistration {
     /// long.
     ///
     /// # Errors
-    /// `EFAULT` if the file ends before the mapping does, or the kernel (before 6.2) pins no read-only mappings;
+    /// `EFAULT` if the file ends before the mapping does, or this kernel pins no read-only mappings (6.1 does not, 6.12 does);
     /// [`VerbsError::Register`] if more would be locked than this process may.
     pub fn new(domain: &Arc<ProtectionDomain>, mapping: FileMapping) -> Result<Self, VerbsError> {
         let bytes = mapping.len();
