@@ -59,6 +59,24 @@ pub(crate) struct Maps {
     withdraw: Sender<Withdraw>,
 }
 
+/// The threads, and one reference to what they serve.
+pub(crate) struct MapThreads {
+    pub(crate) maps: Arc<Maps>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl MapThreads {
+    /// Ends them, once the workers have ended.
+    pub(crate) fn stop(self) {
+        drop(self.maps);
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a mapping thread had panicked");
+            }
+        }
+    }
+}
+
 #[derive(Default)]
 struct Used {
     mappings: usize,
@@ -119,12 +137,12 @@ pub(crate) struct WithdrawDone {
 }
 
 impl Maps {
-    /// Starts the threads, one for each direction. They end when the last reference is gone.
+    /// Starts the threads, one for each direction. They end when the last reference to the maps is gone.
     pub(crate) fn start(
         limits: MapConfig,
         gauges: Arc<Gauges>,
         inboxes: Vec<Arc<Inbox>>,
-    ) -> io::Result<(Arc<Self>, Vec<JoinHandle<()>>)> {
+    ) -> io::Result<MapThreads> {
         let lanes = Arc::new(Lanes::default());
         let (expose, to_expose) = channel();
         let (withdraw, to_withdraw) = channel();
@@ -135,7 +153,8 @@ impl Maps {
         let run = move || withdraw_all(&to_withdraw, &inboxes);
         threads.push(std::thread::Builder::new().name("withdrawer".into()).spawn(run)?);
         let used = Arc::default();
-        Ok((Arc::new(Self { lanes, limits, used, gauges, expose, withdraw }), threads))
+        let maps = Arc::new(Self { lanes, limits, used, gauges, expose, withdraw });
+        Ok(MapThreads { maps, threads })
     }
 
     /// Where listeners leave lanes.

@@ -62,7 +62,7 @@ use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
-use map::Maps;
+use map::{MapThreads, Maps};
 use parking_lot::Mutex;
 use registry::Registry;
 use std::io;
@@ -139,8 +139,7 @@ pub struct Engine {
     stopped: AtomicCell<bool>,
     threads: Mutex<(Vec<JoinHandle<()>>, Option<Storage>)>,
     lanes: Option<Arc<Lanes>>,
-    /// Ends when the last reference is gone, which is this one once the workers have ended.
-    mapping: Mutex<(Option<Arc<Maps>>, Vec<JoinHandle<()>>)>,
+    mapping: Mutex<Option<MapThreads>>,
 }
 
 impl Engine {
@@ -172,12 +171,12 @@ impl Engine {
         let latches = Arc::new(latch::Latches::default());
         let limits = &settings.limits;
         let door = Arc::new(Door::new(limits.half_open_max, limits.half_open_per_address));
-        let (maps, map_threads) = if settings.map.enabled {
-            let (maps, threads) = Maps::start(settings.map.clone(), Arc::clone(&gauges), inboxes.clone())?;
-            (Some(maps), threads)
+        let mapping = if settings.map.enabled {
+            Some(Maps::start(settings.map.clone(), Arc::clone(&gauges), inboxes.clone())?)
         } else {
-            (None, Vec::new())
+            None
         };
+        let maps = mapping.as_ref().map(|mapping| Arc::clone(&mapping.maps));
         let mut threads = Vec::new();
         for (n, pool) in bulk.iter().enumerate() {
             let cx = channel::Cx {
@@ -216,7 +215,7 @@ impl Engine {
             stopped: AtomicCell::new(false),
             threads: Mutex::new((threads, Some(storage))),
             lanes: maps.as_ref().map(|maps| Arc::clone(maps.lanes())),
-            mapping: Mutex::new((maps, map_threads)),
+            mapping: Mutex::new(mapping),
         }))
     }
 
@@ -355,12 +354,8 @@ impl Engine {
         if let Some(mut storage) = storage.take() {
             storage.stop();
         }
-        let (maps, threads) = &mut *self.mapping.lock();
-        drop(maps.take());
-        for thread in threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a mapping thread had panicked");
-            }
+        if let Some(mapping) = self.mapping.lock().take() {
+            mapping.stop();
         }
     }
 }

@@ -88,16 +88,18 @@ impl Lanes {
 
     /// Drops lanes that have waited too long, or whose client has gone. Returns when the next one is due.
     pub(super) fn sweep(&self) -> Option<Duration> {
-        let mut gone = Vec::new();
         let mut waiting = self.waiting.lock();
         let now = Instant::now();
-        gone.extend(waiting.extract_if(|_, lane| {
+        let is_over = |lane: &Waiting| {
             now.duration_since(lane.since) >= WAITING_TIME || lane.connection.is_disconnected()
-        }));
+        };
+        let over: Vec<LaneEnd> =
+            waiting.iter().filter(|(_, lane)| is_over(lane)).map(|(end, _)| *end).collect();
+        let gone: Vec<Waiting> = over.iter().filter_map(|end| waiting.remove(end)).collect();
         let next =
             waiting.values().map(|lane| (lane.since + WAITING_TIME).saturating_duration_since(now)).min();
         drop(waiting);
-        for (_, lane) in gone {
+        for lane in gone {
             tracing::debug!(peer = %lane.peer, "a lane that no mapping claimed: dropped");
         }
         next

@@ -320,7 +320,7 @@ mod tests {
         wanted.extend([0; 4]);
         assert_eq!(&buffer[24..n - TAG_BYTES], &wanted[..]);
         buffer[24 + 39] = 1;
-        assert_eq!(Frame::parse(&buffer[..n]).err(), Some(WireError::Field("reserved")));
+        assert!(matches!(Frame::parse(&buffer[..n]), Err(WireError::Field("reserved"))));
 
         let mut w = Writer::new(&mut buffer, Opcode::Mapped, 0, 3, 9, 0).unwrap();
         w.body(&Mapped {
