@@ -8,7 +8,7 @@
 
 use super::backend::Done;
 use super::bind::Redemption;
-use super::map::{ExposeDone, WithdrawDone};
+use super::mapper::{ExposeDone, WithdrawDone};
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
 use crossbeam::queue::{ArrayQueue, SegQueue};

@@ -14,24 +14,15 @@
 //! Mapping may have to read the disk, withdrawing unpins page after page: each has a thread, and neither holds up a worker
 //! or the other. This process never touches a byte of a mapping: a file that shrinks can't harm it.
 
-use super::ConnKey;
-use super::backend::FileIo;
 use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Phase, Token};
-use super::inbox::{Inbox, Letter};
+use super::mapper::{Expose, ExposeDone, Reserved, Withdraw, WithdrawDone};
 use super::request::{Ask, Request, Step};
-use crate::config::MapConfig;
-use crate::gauges::Gauges;
 use holdfast_shared::types::{Access, ByteRange, OpenId, Status};
 use holdfast_shared::wire::data::{Map, Mapped, Opcode, Writer};
 use holdfast_shared::wire::service::TransportKind;
-use holdfast_transport::verbs::{Exposed, LaneEnd, Lanes};
-use parking_lot::Mutex;
-use rustix::io::Errno;
-use std::io;
+use holdfast_transport::verbs::{Exposed, LaneEnd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
 
 /// Mappings pin whole pages.
 const PAGE: u64 = 4096;
@@ -46,181 +37,6 @@ pub(crate) struct Wanted {
 impl Wanted {
     pub(super) fn read(map: &Map) -> Box<Self> {
         Box::new(Self { length: map.length.get(), lane: map.lane, granted: None })
-    }
-}
-
-/// What all workers share for it.
-pub(crate) struct Maps {
-    lanes: Arc<Lanes>,
-    pub(crate) limits: MapConfig,
-    used: Arc<Mutex<Used>>,
-    gauges: Arc<Gauges>,
-    expose: Sender<Expose>,
-    withdraw: Sender<Withdraw>,
-}
-
-/// The threads, and one reference to what they serve.
-pub(crate) struct MapThreads {
-    pub(crate) maps: Arc<Maps>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl MapThreads {
-    /// Ends them, once the workers have ended.
-    pub(crate) fn stop(self) {
-        drop(self.maps);
-        for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a mapping thread had panicked");
-            }
-        }
-    }
-}
-
-#[derive(Default)]
-struct Used {
-    mappings: usize,
-    bytes: u64,
-}
-
-/// A place among the mappings of all channels; given back when the pages are unpinned.
-struct Reserved {
-    used: Arc<Mutex<Used>>,
-    gauges: Arc<Gauges>,
-    bytes: u64,
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        let mut used = self.used.lock();
-        used.mappings -= 1;
-        used.bytes -= self.bytes;
-        self.gauges.mappings.sub(1);
-        self.gauges.mapping_bytes.sub(self.bytes);
-    }
-}
-
-struct Expose {
-    worker: usize,
-    conn: ConnKey,
-    slot: u16,
-    file: Arc<dyn FileIo>,
-    lane: LaneEnd,
-    range: ByteRange,
-    reserved: Reserved,
-}
-
-/// What became of a Map.
-pub(crate) struct ExposeDone {
-    pub(crate) conn: ConnKey,
-    slot: u16,
-    range: ByteRange,
-    bytes: u64,
-    outcome: Result<(Exposed, Reserved), Status>,
-}
-
-struct Withdraw {
-    worker: usize,
-    done: WithdrawDone,
-    exposed: Exposed,
-    reserved: Reserved,
-}
-
-/// A mapping was withdrawn.
-#[derive(Clone, Copy)]
-pub(crate) struct WithdrawDone {
-    pub(crate) conn: ConnKey,
-    binding: BindingRef,
-    /// The request that asked for it.
-    unmap: Option<u16>,
-    bytes: u64,
-}
-
-impl Maps {
-    /// Starts the threads, one for each direction. They end when the last reference to the maps is gone.
-    pub(crate) fn start(
-        limits: MapConfig,
-        gauges: Arc<Gauges>,
-        inboxes: Vec<Arc<Inbox>>,
-    ) -> io::Result<MapThreads> {
-        let lanes = Arc::new(Lanes::default());
-        let (expose, to_expose) = channel();
-        let (withdraw, to_withdraw) = channel();
-        let mut threads = Vec::new();
-        let (its_lanes, its_inboxes) = (Arc::clone(&lanes), inboxes.clone());
-        let run = move || map_all(&to_expose, &its_lanes, &its_inboxes);
-        threads.push(std::thread::Builder::new().name("mapper".into()).spawn(run)?);
-        let run = move || withdraw_all(&to_withdraw, &inboxes);
-        threads.push(std::thread::Builder::new().name("withdrawer".into()).spawn(run)?);
-        let used = Arc::default();
-        let maps = Arc::new(Self { lanes, limits, used, gauges, expose, withdraw });
-        Ok(MapThreads { maps, threads })
-    }
-
-    /// Where listeners leave lanes.
-    pub(crate) fn lanes(&self) -> &Arc<Lanes> {
-        &self.lanes
-    }
-
-    fn reserve(&self, bytes: u64) -> Option<Reserved> {
-        let mut used = self.used.lock();
-        if used.mappings >= self.limits.mappings_max || used.bytes + bytes > self.limits.bytes_max {
-            return None;
-        }
-        used.mappings += 1;
-        used.bytes += bytes;
-        self.gauges.mappings.add(1);
-        self.gauges.mapping_bytes.add(bytes);
-        Some(Reserved { used: Arc::clone(&self.used), gauges: Arc::clone(&self.gauges), bytes })
-    }
-}
-
-fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
-    while let Ok(Expose { worker, conn, slot, file, lane, range, reserved }) = jobs.recv() {
-        let bytes = reserved.bytes;
-        let outcome = match (lanes.claim(&lane), usize::try_from(range.length())) {
-            (Some(claimed), Ok(length)) => claimed
-                .expose(file.descriptor(), range.offset(), length)
-                .map(|exposed| (exposed, reserved))
-                .map_err(|error| {
-                    tracing::debug!(%error, ?range, "a range cannot be mapped");
-                    status_of(&error)
-                }),
-            // No such lane, or it has waited too long.
-            _ => Err(Status::Invalid),
-        };
-        // The descriptor is held no longer than the job.
-        drop(file);
-        let done = ExposeDone { conn, slot, range, bytes, outcome };
-        inboxes[worker].send(Letter::Exposed(Box::new(done)));
-    }
-}
-
-fn withdraw_all(jobs: &Receiver<Withdraw>, inboxes: &[Arc<Inbox>]) {
-    while let Ok(Withdraw { worker, done, exposed, reserved }) = jobs.recv() {
-        match exposed.withdraw() {
-            Ok(spent) => {
-                drop(reserved);
-                inboxes[worker].send(Letter::Withdrawn(done));
-                // Nobody waits for the lane's own end.
-                drop(spent);
-            }
-            // A fence can't be confirmed, nor ever be: only the end of the process takes the pages back.
-            Err(error) => crate::fault::fatal("a mapping cannot be withdrawn from the device", &error),
-        }
-    }
-}
-
-fn status_of(error: &io::Error) -> Status {
-    match Errno::from_io_error(error) {
-        // The file has shrunk this moment, or the kernel pins no file's pages for reading.
-        Some(Errno::FAULT | Errno::NODEV | Errno::OPNOTSUPP) => Status::Unsupported,
-        Some(Errno::NOMEM | Errno::AGAIN | Errno::PERM) => Status::TooMany,
-        Some(Errno::ACCESS) => Status::AccessDenied,
-        None if matches!(error.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::PermissionDenied) => {
-            Status::TooMany
-        }
-        _ => Status::Io,
     }
 }
 

@@ -21,6 +21,7 @@
 //! | `fence` | draining a binding |
 //! | `restrict` | rules for what I/O may touch, and waiting for I/O begun before them |
 //! | `map` | one-sided reads: what is exposed, for whom, until when |
+//! | `mapper` | the threads that do it, and the limits of all channels |
 //! | `registry` | which worker has which binding |
 //! | `backend` | file access and storage threads |
 //! | `latch` | flushes that failed, for each open |
@@ -37,6 +38,7 @@ mod fence;
 mod inbox;
 mod latch;
 mod map;
+mod mapper;
 mod ready;
 mod receive;
 mod registry;
@@ -62,7 +64,7 @@ use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
-use map::{MapThreads, Maps};
+use mapper::{MapThreads, Maps};
 use parking_lot::Mutex;
 use registry::Registry;
 use std::io;
