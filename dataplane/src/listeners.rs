@@ -6,8 +6,8 @@ use anyhow::Context;
 use holdfast_shared::wire::service::{Endpoint, TransportKind};
 use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Listener, tcp, verbs};
-use holdfast_verbs::Device;
 use holdfast_verbs::memory::Pool;
+use holdfast_verbs::{Device, FileRegistration};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -74,6 +74,18 @@ impl Listeners {
             }
             anyhow::Ok(listener)
         };
+        if lanes.is_some() {
+            // Not fatal: each Map is refused, and clients read as ever.
+            for device in Device::list()? {
+                match FileRegistration::is_possible(&device) {
+                    Ok(true) => {}
+                    Ok(false) => tracing::warn!(
+                        "no one-sided reads: this kernel pins no read-only mappings of files (6.12 does)"
+                    ),
+                    Err(error) => tracing::warn!(%error, "one-sided reads may fail"),
+                }
+            }
+        }
         let (mut addresses, mut listeners) = (Vec::new(), Vec::new());
         if config.verbs.addresses.is_empty() {
             let listener = listen(Ipv4Addr::UNSPECIFIED)?;

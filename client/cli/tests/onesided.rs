@@ -10,6 +10,7 @@ use holdfast_client::{
     Binding, Config, Disposition, Error, LockItem, LockKind, LockOptions, LockRange, Mapping, Open,
     OpenOptions, Place, Region, Session, Status, Transport,
 };
+use holdfast_verbs::{Device, FileRegistration};
 use std::time::Instant;
 
 const SIZE: usize = 8 << 20;
@@ -21,6 +22,10 @@ fn runtime() -> tokio::runtime::Runtime {
 /// A server that grants mappings, and a file of it with that content.
 fn server() -> Option<(Deployment, Vec<u8>)> {
     rdma_address()?;
+    if Device::list().unwrap().iter().any(|device| !FileRegistration::is_possible(device).unwrap()) {
+        eprintln!("skipped: this kernel pins no read-only mappings of files");
+        return None;
+    }
     let server = Deployment::with(&Wish { dataplane: "\n[map]\nenabled = true\n", ..Wish::default() });
     let content = pattern(7, SIZE);
     std::fs::write(server.volume().join("f"), &content).unwrap();

@@ -164,6 +164,10 @@ impl Worker {
     fn letters(&mut self) -> bool {
         let mut busy = false;
         while let Some(letter) = self.inbox.letter() {
+            if !busy {
+                // The deadlines that letters set are exact.
+                self.cx.now = Instant::now();
+            }
             busy = true;
             match letter {
                 Letter::Channel { channel, id } => self.adopt(channel, id),
