@@ -11,8 +11,10 @@
 //! ```
 //!
 //! Through the kernel's verbs, asking for an event and reading one are a system call each, which cost more than all else
-//! of a small request. So a queue that is armed and has yielded nothing since is not armed again, and events are read
-//! only when many may have gathered: who sleeps on edges has no use for them.
+//! of a small request. So a queue that is armed and has yielded nothing since is not armed again. But an event is always
+//! read before the queue is: drivers of devices that are armed from user space (mlx4, mlx5, hns) count the events that are
+//! read, and the count goes into the doorbell that arms. One with the count of an event that has fired may be taken for an old
+//! one.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -24,18 +26,18 @@ use crate::gauges::COMPLETION_QUEUES;
 
 /// Entries fetched in one call.
 const POLL_BATCH: u8 = 16;
-/// Events that may gather in the kernel before they are read.
-const UNREAD_MAX: u32 = 64;
+/// Events that are acknowledged together.
+const ACKNOWLEDGE_BATCH: u32 = 64;
 
 /// One queue with a completion channel of its own. Serves one queue pair, whose depths it has room for: so it can't
 /// overrun.
 pub(crate) struct CompletionQueue {
     cq: *mut ffi::ibv_cq,
     channel: *mut ffi::ibv_comp_channel,
-    /// Asked for an event, and no entry seen since: should one have come, its event is under way.
+    /// Asked for an event, and neither it nor an entry seen since: should one have come, its event is under way.
     armed: bool,
-    /// Times armed since the events were last read: so many there may be.
-    unread: u32,
+    /// Was armed at all: else there is no event.
+    ever_armed: bool,
     /// Events received and not acknowledged: the library wants that before it destroys the queue.
     unacknowledged: u32,
     /// Where entries are fetched to. Initialised once: of a failed request the device fills in only some fields.
@@ -69,7 +71,7 @@ impl CompletionQueue {
             cq,
             channel,
             armed: false,
-            unread: 0,
+            ever_armed: false,
             unacknowledged: 0,
             entries,
             _device: Arc::clone(device),
@@ -82,7 +84,7 @@ impl CompletionQueue {
         self.cq
     }
 
-    /// Has an edge after [`CompletionQueue::arm`], once an entry has come. Stays readable: events are read now and then.
+    /// Has an edge after [`CompletionQueue::arm`], once an entry has come. Stays readable until the next `arm`, at least.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the channel, and with it its descriptor, lives as long as self.
         unsafe { BorrowedFd::borrow_raw((*self.channel).fd) }
@@ -104,40 +106,40 @@ impl CompletionQueue {
 
     /// Asks for one event at the next entry. Entries that came before have to be polled for afterwards.
     pub(crate) fn arm(&mut self) -> Result<(), VerbsError> {
+        // Even if it is armed: an event that came late may be of an earlier request, and who armed meanwhile did so in vain.
+        if self.ever_armed && self.take_event()? {
+            self.armed = false;
+        }
         if self.armed {
             return Ok(());
-        }
-        if self.unread >= UNREAD_MAX {
-            self.read_events()?;
         }
         // SAFETY: the queue is alive.
         ffi::check_errno(unsafe { ffi::ibv_req_notify_cq(self.cq, 0) })
             .map_err(|source| VerbsError::call("ibv_req_notify_cq", source))?;
-        self.armed = true;
-        self.unread += 1;
+        (self.armed, self.ever_armed) = (true, true);
         Ok(())
     }
 
-    /// Empties the channel. One that comes later belongs to an earlier request all the same: it makes its edge.
-    fn read_events(&mut self) -> Result<(), VerbsError> {
+    /// Reads an event, if there is one. No more than one is made each time the queue is armed: so they don't gather.
+    fn take_event(&mut self) -> Result<bool, VerbsError> {
         loop {
             let mut cq = std::ptr::null_mut();
             let mut context = std::ptr::null_mut();
             // SAFETY: the channel is alive and non-blocking; both results outlive the call.
             if unsafe { ffi::ibv_get_cq_event(self.channel, &raw mut cq, &raw mut context) } == 0 {
                 self.unacknowledged += 1;
-                continue;
+                if self.unacknowledged == ACKNOWLEDGE_BATCH {
+                    self.acknowledge();
+                }
+                return Ok(true);
             }
             let error = std::io::Error::last_os_error();
             match error.kind() {
-                std::io::ErrorKind::WouldBlock => break,
+                std::io::ErrorKind::WouldBlock => return Ok(false),
                 std::io::ErrorKind::Interrupted => {}
                 _ => return Err(VerbsError::call("ibv_get_cq_event", error)),
             }
         }
-        self.unread = 0;
-        self.acknowledge();
-        Ok(())
     }
 
     fn acknowledge(&mut self) {
