@@ -124,7 +124,7 @@ impl State {
         self.slots.len() > 1
             || self.ended.is_some()
             || self.channel.ended().is_some()
-            || !self.unbinds.is_empty()
+            || self.gives_back()
             || !self.room.is_empty()
     }
 }

@@ -164,7 +164,7 @@ impl State {
         let pushed = self.armed
             && self.ended.is_none()
             && self.room.is_empty()
-            && self.unbinds.is_empty()
+            && !self.gives_back()
             && self.channel.push();
         if !pushed {
             self.drain(credits);
