@@ -167,8 +167,8 @@ pub enum Error {
         /// True if the file was changed since the open was detached, or if that can't be known.
         changed: bool,
     },
-    /// A mapping can't be read any more: the server has withdrawn it (a fence, a lock of another open, a truncation, its own
-    /// policy), or its lane has failed. What is wrong with the file or the open, if anything is, the binding tells: fall
+    /// A mapping can't be read any more: the server has withdrawn it (a fence, a lock of another open, the end of the
+    /// binding), or its lane has failed. What is wrong with the file or the open, if anything is, the binding tells: fall
     /// back to [`crate::Binding::read_at`], or map again.
     #[error(
         "the mapping was withdrawn by the server, or its connection failed: read through the binding, or map again"

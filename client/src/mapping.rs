@@ -43,13 +43,13 @@ const SPIN_BYTES: usize = 64 << 10;
 /// Bytes of a file that are read one-sided: over verbs, and with a server that has it switched on. Cheap to clone; all clones
 /// are the same mapping. It keeps its binding, and so its open, alive.
 ///
-/// What is read is the file's page cache: writes that others make through the server, or on its host, are seen at once, and
-/// a read that overlaps one may see a part of it. The server withdraws a mapping before it lets anything happen that the
+/// What is read is the file's page cache: writes that others make through the server, or on its host (but not past the page
+/// cache, with `O_DIRECT`), are seen at once, and a read that overlaps one may see a part of it. The server withdraws a mapping before it lets anything happen that the
 /// client must not see: a conflicting lock, a fence, the end of the open. Then, and if the lane fails, every read is
 /// [`Error::MappingLost`]: go on with [`Binding::read_at`], or map again.
 ///
 /// The bytes have no digest and are not sealed, so volumes with such a policy grant no mappings. A file that
-/// is cut short *beside the server* is still read here as it was: map only what nobody cuts short there.
+/// is cut short, beside the server or through it, is still read here as it was: map only what nobody cuts short.
 ///
 /// [`Mapping::unmap`] waits for the server's word; dropping the last clone gives it back without waiting.
 ///
