@@ -6,16 +6,20 @@ mod common;
 
 use common::{Client, Open, Rig, Told, eventually, pattern};
 use holdfast_dataplane::config::MapConfig;
+use holdfast_dataplane::engine::{FileIo, KernelFile, Opener};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::data::Mapped;
 use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
 use holdfast_transport::verbs::{Lane, LaneRead, VerbsListener};
 use holdfast_transport::{Listener, OperationError, Registration, verbs};
+use holdfast_verbs::memory::Nowait;
 use holdfast_verbs::{Device, FileRegistration};
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -31,6 +35,10 @@ struct Server {
 impl Server {
     /// `None` without an RDMA device, or on a kernel that can't do it.
     fn start(map: MapConfig) -> Option<Self> {
+        Self::with_files(map, KernelFile::opener())
+    }
+
+    fn with_files(map: MapConfig, opener: Opener) -> Option<Self> {
         let devices = Device::list().unwrap();
         if devices.iter().any(|device| !FileRegistration::is_possible(device).unwrap()) {
             println!("skipped: this kernel pins no read-only mappings of files");
@@ -42,7 +50,7 @@ impl Server {
             println!("skipped: no RDMA device here");
             return None;
         };
-        let rig = Rig::with(|settings| settings.map = map);
+        let rig = Rig::with_files(|settings| settings.map = map, opener);
         let mut listener = VerbsListener::bind((*address, 0).into()).unwrap();
         if let Some(lanes) = rig.engine.lanes() {
             listener.serve_lanes(Arc::clone(lanes));
@@ -335,7 +343,7 @@ fn lanes_that_nobody_claims_go() {
     assert!(lanes.waiting() <= 1);
     drop(first);
     eventually("its client has gone", || lanes.waiting() == 0);
-    // For one more than may wait, the oldest goes.
+    // For one more than may wait, the oldest goes; more of them, if it takes long to make so many.
     let mut all: Vec<_> = (0..65).map(|_| server.lane(&client)).collect();
     // On a slow machine more of them may have waited too long already.
     assert!(lanes.waiting() <= 64);
@@ -343,6 +351,56 @@ fn lanes_that_nobody_claims_go() {
     assert!(lanes.claim(&all[64].end()).is_some());
     all.truncate(2);
     eventually("the others have waited too long", || lanes.waiting() == 0);
+}
+
+/// A file that the mapper can't pin while a test holds its lock.
+struct Slow {
+    file: KernelFile,
+    held: Arc<Mutex<()>>,
+}
+
+impl FileIo for Slow {
+    fn read_now(&self, data: &mut [u8], at: u64) -> io::Result<Nowait> {
+        self.file.read_now(data, at)
+    }
+    fn write_now(&self, data: &[u8], at: u64) -> io::Result<Nowait> {
+        self.file.write_now(data, at)
+    }
+    fn read(&self, data: &mut [u8], at: u64) -> io::Result<usize> {
+        self.file.read(data, at)
+    }
+    fn write(&self, data: &[u8], at: u64) -> io::Result<usize> {
+        self.file.write(data, at)
+    }
+    fn sync(&self, data_only: bool) -> io::Result<()> {
+        self.file.sync(data_only)
+    }
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        if std::thread::current().name() == Some("mapper") {
+            drop(self.held.lock());
+        }
+        self.file.descriptor()
+    }
+}
+
+#[test]
+fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
+    let held = Arc::new(Mutex::new(()));
+    let ours = Arc::clone(&held);
+    let opener: Opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
+        Arc::new(Slow { file: KernelFile::new(fd), held: Arc::clone(&ours) })
+    });
+    let Some(server) = Server::with_files(on(), opener) else { return };
+    let (mut client, binding, _open) = server.bound(&[b'a'; 8192]);
+    let holding = held.lock().unwrap();
+    let (first, second) = (server.lane(&client), server.lane(&client));
+    let asked = [first.end(), second.end()].map(|end| client.send_map(binding, 0, 4096, end));
+    // Claimed; or dropped, as nobody claimed it in time.
+    eventually("no lane waits", || server.rig.engine.lanes().unwrap().waiting() == 0);
+    drop(holding);
+    for request in asked {
+        client.mapped(request).unwrap();
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! One-sided reads: ranges of files that clients read without this process.
 //!
 //! ```text
-//!  Map ─► checks, limits ─► mapper thread: claims the lane, pins the pages ─► rules still allow it? ─► Mapped
+//!  Map ─► checks, limits, claims the lane ─► mapper thread: pins the pages ─► rules still allow it? ─► Mapped
 //!                                                                               │ no
 //!  Fence, Unbind, Restrict, Unmap, the channel's end ───────────────────────────┴─► withdrawer thread
 //!                                                                                      │ the device has let go
@@ -143,8 +143,8 @@ impl Conn {
             return Err(Status::TooMany);
         }
         let reserved = maps.reserve(bytes).ok_or(Status::TooMany)?;
-        let job =
-            Expose { worker: cx.worker, conn: self.key, slot, file, lane: wanted.lane, range, reserved };
+        let (lane, claimed) = (wanted.lane, maps.lanes().try_claim(&wanted.lane));
+        let job = Expose { worker: cx.worker, conn: self.key, slot, file, lane, claimed, range, reserved };
         maps.expose.send(job).map_err(|_| Status::Internal)?;
         mine.count += 1;
         mine.bytes += bytes;

@@ -1,7 +1,7 @@
 //! The threads that map and withdraw ranges of files for one-sided reads, and what all channels together may have of them.
 //!
 //! ```text
-//!   worker ─► Expose ─► mapper: claims the lane, pins the pages ─► Letter::Exposed ─────────► worker
+//!   worker: claims the lane ─► Expose ─► mapper: pins the pages ─► Letter::Exposed ─────────► worker
 //!   worker ─► Withdraw ─► withdrawer: the device lets go, the place is free ─► Letter::Withdrawn ─► worker
 //! ```
 //!
@@ -15,7 +15,7 @@ use super::inbox::{Inbox, Letter};
 use crate::config::MapConfig;
 use crate::gauges::Gauges;
 use holdfast_shared::types::{ByteRange, Status};
-use holdfast_transport::verbs::{Exposed, LaneEnd, Lanes};
+use holdfast_transport::verbs::{Claimed, Exposed, LaneEnd, Lanes};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 use std::io;
@@ -81,6 +81,8 @@ pub(super) struct Expose {
     pub(super) slot: u16,
     pub(super) file: Arc<dyn FileIo>,
     pub(super) lane: LaneEnd,
+    /// The lane, if it could be claimed at once: it must not grow too old behind other jobs.
+    pub(super) claimed: Option<Claimed>,
     pub(super) range: ByteRange,
     pub(super) reserved: Reserved,
 }
@@ -153,9 +155,9 @@ impl Maps {
 }
 
 fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
-    while let Ok(Expose { worker, conn, slot, file, lane, range, reserved }) = jobs.recv() {
+    while let Ok(Expose { worker, conn, slot, file, lane, claimed, range, reserved }) = jobs.recv() {
         let bytes = reserved.bytes;
-        let outcome = match (lanes.claim(&lane), usize::try_from(range.length())) {
+        let outcome = match (claimed.or_else(|| lanes.claim(&lane)), usize::try_from(range.length())) {
             (Some(claimed), Ok(length)) => claimed
                 .expose(file.descriptor(), range.offset(), length)
                 .map(|exposed| (exposed, reserved))

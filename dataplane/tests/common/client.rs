@@ -371,6 +371,11 @@ impl Client {
     /// Maps; or why not.
     pub fn map(&mut self, binding: u32, offset: u64, length: u64, lane: LaneEnd) -> Result<Mapped, Status> {
         let wanted = self.send_map(binding, offset, length, lane);
+        self.mapped(wanted)
+    }
+
+    /// The answer to a map.
+    pub fn mapped(&mut self, wanted: u32) -> Result<Mapped, Status> {
         loop {
             match self.receive() {
                 Some(Msg::Mapped { request, body }) if request == wanted => return Ok(body),

@@ -38,6 +38,8 @@ use std::time::{Duration, Instant};
 const GREETING: &[u8] = b"holdfast lane 1";
 /// How long a lane waits for its mapping.
 const WAITING_TIME: Duration = Duration::from_secs(5);
+/// How long [`Lanes::try_claim`] waits for others.
+const CLAIM_TIME: Duration = Duration::from_millis(1);
 /// Lanes that wait. For one more, the oldest of the address that has the most of them goes.
 const WAITING_MAX: usize = 64;
 
@@ -108,6 +110,11 @@ impl Lanes {
     /// Takes the lane with that client's end, for one mapping.
     pub fn claim(&self, end: &LaneEnd) -> Option<Claimed> {
         self.waiting.lock().remove(end).map(|lane| Claimed { connection: lane.connection })
+    }
+
+    /// As [`Lanes::claim`], for who may not wait long: `None` as well while other lanes are being made.
+    pub fn try_claim(&self, end: &LaneEnd) -> Option<Claimed> {
+        self.waiting.try_lock_for(CLAIM_TIME)?.remove(end).map(|lane| Claimed { connection: lane.connection })
     }
 
     /// Lanes that wait.
