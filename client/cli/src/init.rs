@@ -207,16 +207,6 @@ const DATAPLANE_TUNING: &str = "
 #stuck_ms = 30000
 #fence_ms = 2000
 #linger_ms = 500
-
-[map]
-# Grants one-sided reads: clients of verbs channels read ranges of files with no work for this process. Not yet fenced by a
-# change of size: see docs/SEMANTICS.md.
-#enabled = false
-# Mappings of one channel and in all, and the bytes they pin in memory, in whole pages.
-#channel_mappings_max = 16
-#channel_bytes_max = 268435456
-#mappings_max = 256
-#bytes_max = 1073741824
 ";
 
 fn control_toml(args: &Init, volumes: &[(String, PathBuf)]) -> String {
