@@ -376,8 +376,11 @@ impl Client {
 
     /// The answer to a map.
     pub fn mapped(&mut self, wanted: u32) -> Result<Mapped, Status> {
+        let is_it = |msg: &Msg| matches!(msg, Msg::Mapped { request, .. } | Msg::Reply { request, .. } if *request == wanted);
         loop {
-            match self.receive() {
+            // Another's answer may have come first.
+            let kept = self.stash.iter().position(is_it).and_then(|at| self.stash.remove(at));
+            match kept.or_else(|| self.receive()) {
                 Some(Msg::Mapped { request, body }) if request == wanted => return Ok(body),
                 Some(Msg::Reply { request, status, .. }) if request == wanted => return Err(status),
                 Some(other) => self.stash.push_back(other),
