@@ -34,6 +34,8 @@ const EVENTS_MAX: usize = 256;
 /// Rounds after which the clock is read again: reading it costs as much as all else in a round that finds nothing, where it
 /// is a system call. Deadlines are milliseconds.
 const CLOCK_ROUNDS: u32 = 16;
+/// Rounds in a row with work after which channels that sleep are asked for too.
+const GLANCE_ROUNDS: u32 = 8;
 /// Idle rounds after which others may run on this processor: what is waited for may need it. (Soft-RoCE does its work in
 /// kernel threads, which do not interrupt a program that only computes.)
 const YIELD_ROUNDS: u32 = 8;
@@ -98,6 +100,7 @@ impl Worker {
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let mut idle = 0;
         let mut looking = Looking::NotYet;
+        let mut busy_rounds = 0u32;
         // Counted here and told now and then: all workers share that cache line.
         let mut polls = 0;
         loop {
@@ -122,6 +125,11 @@ impl Worker {
                     self.spin.ended(self.cx.now - since);
                 }
                 idle = 0;
+                busy_rounds += 1;
+                if busy_rounds % GLANCE_ROUNDS == 0 {
+                    // Others have armed, and would wait until there is nothing more to do here: that may be never.
+                    self.watch(&mut events, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+                }
                 continue;
             }
             idle += 1;
@@ -134,12 +142,8 @@ impl Worker {
             }
             if self.arm() && self.inbox.may_sleep() {
                 self.cx.gauges.polls_total.add(std::mem::take(&mut polls));
-                let slept = self.sleep(&mut events);
+                self.sleep(&mut events);
                 self.inbox.woke();
-                if let Err(error) = slept {
-                    // The descriptors are ours and valid: this cannot go on, and silence would be worse.
-                    crate::fault::fatal("a worker cannot wait for events", &error);
-                }
                 idle = 0;
                 self.cx.now = Instant::now();
             }
@@ -416,7 +420,7 @@ impl Worker {
         idle
     }
 
-    fn sleep(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+    fn sleep(&mut self, events: &mut Vec<epoll::Event>) {
         let retry = self.cx.storage.is_waiting().then(|| Instant::now() + STORAGE_RETRY);
         let timeout = [self.deadline, retry].into_iter().flatten().min().map(|at| {
             let wait = at.saturating_duration_since(Instant::now());
@@ -427,12 +431,18 @@ impl Worker {
                 tv_nsec: wait.subsec_nanos().into(),
             }
         });
-        events.clear();
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
+        self.watch(events, timeout.as_ref());
         self.cx.gauges.wakeups_total.add(1);
+    }
+
+    /// Waits for events, at most for so long, and puts the channels that have some among the hot ones.
+    fn watch(&mut self, events: &mut Vec<epoll::Event>, timeout: Option<&Timespec>) {
+        events.clear();
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            // The descriptors are ours and valid: this cannot go on, and silence would be worse.
+            Err(error) => crate::fault::fatal("a worker cannot wait for events", &error),
+        }
         for event in events.iter() {
             let data = event.data.u64();
             if data == INBOX_EVENT {
@@ -445,6 +455,5 @@ impl Worker {
                 }
             }
         }
-        Ok(())
     }
 }
