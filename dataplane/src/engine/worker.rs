@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A channel is *hot* from a wake-up, or from something submitted on it, until it armed itself in idleness. Channels
-//! that lack a buffer wait in one queue, first come first served; it is looked at whenever something came back.
+//! that lack a buffer wait in one queue, first come first served; it is looked at whenever something came back. A worker
+//! that is never idle glances at `epoll` now and then: else a channel that sleeps would wait until it is.
 
 use super::ConnKey;
 use super::channel::{Conn, Cx};
