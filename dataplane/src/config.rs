@@ -140,6 +140,9 @@ pub struct EngineConfig {
     pub pool_bytes: usize,
     /// Bytes of one bulk buffer, which is the largest single transfer. Default 256 KiB.
     pub buffer_bytes: usize,
+    /// Bytes of files that may be pinned, divided among the workers: long reads of files that are read again and again and do
+    /// not change are placed straight from the page cache. Default 64 MiB; 0: none. Verbs only.
+    pub pinned_bytes_max: usize,
     /// Bytes of message buffers in all. Default 64 MiB. Each of `channels_max` channels needs 36 KiB to begin with, and
     /// 9 KiB more for each credit beyond the first two; a channel gets fewer credits when they run short.
     pub message_pool_bytes: usize,
@@ -164,6 +167,7 @@ impl Default for EngineConfig {
             storage_threads: 4,
             pool_bytes: 128 << 20,
             buffer_bytes: 256 << 10,
+            pinned_bytes_max: 64 << 20,
             message_pool_bytes: 64 << 20,
             credits: 64,
             spin_rounds: 32,
@@ -300,6 +304,7 @@ impl Config {
             "engine.message_pool_bytes",
             "64 KiB or more",
         )?;
+        value(e.pinned_bytes_max <= 1 << 40, "engine.pinned_bytes_max", "at most 1 TiB")?;
         value((1..=1024).contains(&e.credits), "engine.credits", "1 to 1024")?;
         value((1..=65_536).contains(&e.storage_queue), "engine.storage_queue", "1 to 65536")?;
         value((1..=64).contains(&e.fetches), "engine.fetches", "1 to 64")?;

@@ -6,6 +6,8 @@
 //! | `bindings` | live bindings, those being fenced included |
 //! | `requests_bind_total` … `requests_map_total` | frames taken, by opcode |
 //! | `mappings`, `mapping_bytes` | ranges exposed for one-sided reads, those being made and withdrawn included; bytes they pin |
+//! | `pinned_file_bytes` | of files that are read again and again, for long reads without a copy; those being pinned and unpinned included |
+//! | `reads_pinned_total` | reads that were placed from them |
 //! | `requests_in_flight` | reads, writes and flushes taken and not answered |
 //! | `bytes_read_total`, `bytes_written_total` | bytes of answered reads and writes |
 //! | `held_back_total` | bindings told to a control that came after the one that granted them, each time |
@@ -64,6 +66,8 @@ pub struct Gauges {
     pub requests_map_total: Count,
     pub mappings: Count,
     pub mapping_bytes: Count,
+    pub pinned_file_bytes: Count,
+    pub reads_pinned_total: Count,
     pub requests_in_flight: Count,
     pub bytes_read_total: Count,
     pub bytes_written_total: Count,
@@ -91,7 +95,7 @@ impl Gauges {
 
     /// Everything, by name.
     pub fn collect(&self) -> Vec<Gauge> {
-        let mut all = Vec::with_capacity(43);
+        let mut all = Vec::with_capacity(45);
         let mut put = |name: &str, value: u64| all.push(Gauge { name: name.to_owned(), value });
         put("channels", self.channels.read());
         put("half_open_channels", self.half_open_channels.read());
@@ -104,6 +108,8 @@ impl Gauges {
         put("requests_map_total", self.requests_map_total.read());
         put("mappings", self.mappings.read());
         put("mapping_bytes", self.mapping_bytes.read());
+        put("pinned_file_bytes", self.pinned_file_bytes.read());
+        put("reads_pinned_total", self.reads_pinned_total.read());
         put("requests_in_flight", self.requests_in_flight.read());
         put("bytes_read_total", self.bytes_read_total.read());
         put("bytes_written_total", self.bytes_written_total.read());

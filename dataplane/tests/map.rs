@@ -4,19 +4,17 @@
 
 mod common;
 
-use common::{Client, Open, Rig, Told, eventually, pattern};
+use common::{Client, Rig, Server, Told, eventually, pattern};
 use holdfast_dataplane::config::MapConfig;
 use holdfast_dataplane::engine::{FileIo, KernelFile, Opener};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::data::Mapped;
 use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
-use holdfast_transport::verbs::{Lane, LaneRead, VerbsListener};
-use holdfast_transport::{Listener, OperationError, Registration, verbs};
+use holdfast_transport::verbs::{Lane, LaneRead};
+use holdfast_transport::{OperationError, Registration};
 use holdfast_verbs::memory::Nowait;
-use holdfast_verbs::{Device, FileRegistration};
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
@@ -24,83 +22,24 @@ use std::time::Duration;
 
 const WAIT: Duration = Duration::from_secs(10);
 
-/// A server with a listener, whose thread takes channels and lanes until this is dropped.
-struct Server {
-    rig: Rig,
-    address: SocketAddr,
-    stop: Box<dyn Fn() + Send + Sync>,
-    accepting: Option<std::thread::JoinHandle<()>>,
+/// `None` without an RDMA device, or on a kernel that can't do it.
+fn start(map: MapConfig) -> Option<Server> {
+    Server::start(|settings| settings.map = map, KernelFile::opener())
 }
 
-impl Server {
-    /// `None` without an RDMA device, or on a kernel that can't do it.
-    fn start(map: MapConfig) -> Option<Self> {
-        Self::with_files(map, KernelFile::opener())
-    }
-
-    fn with_files(map: MapConfig, opener: Opener) -> Option<Self> {
-        let devices = Device::list().unwrap();
-        if devices.iter().any(|device| !FileRegistration::is_possible(device).unwrap()) {
-            println!("skipped: this kernel pins no read-only mappings of files");
-            return None;
-        }
-        let addresses: Vec<_> = devices.iter().flat_map(|device| device.ipv4_addresses().unwrap()).collect();
-        let Some(address) = addresses.first() else {
-            assert!(std::env::var_os("HOLDFAST_REQUIRE_RDMA").is_none(), "there is no RDMA device");
-            println!("skipped: no RDMA device here");
-            return None;
-        };
-        let rig = Rig::with_files(|settings| settings.map = map, opener);
-        let mut listener = VerbsListener::bind((*address, 0).into()).unwrap();
-        if let Some(lanes) = rig.engine.lanes() {
-            listener.serve_lanes(Arc::clone(lanes));
-        }
-        let address = SocketAddr::from((*address, listener.address().port()));
-        let (engine, stop) = (Arc::clone(&rig.engine), listener.stopper());
-        let accepting = Some(std::thread::spawn(move || {
-            while let Ok(channel) = listener.accept(&mut |peer| engine.setup(peer)) {
-                engine.adopt(channel);
-            }
-        }));
-        Some(Self { rig, address, stop, accepting })
-    }
-
-    fn client(&self) -> Client {
-        let parts = Client::parts();
-        let channel = verbs::connect(self.address, WAIT, parts.setup()).unwrap();
-        let mut client = Client::new(Box::new(channel), parts);
-        client.hello();
-        client
-    }
-
-    fn bound(&self, content: &[u8]) -> (Client, u32, Open) {
-        let open = self.rig.open(content);
-        let mut client = self.client();
-        let binding = client.bind(&open).unwrap();
-        (client, binding, open)
-    }
-
-    fn lane(&self, client: &Client) -> Lane {
-        client.channel.registrar().lane(self.address, WAIT, 16).unwrap()
-    }
-
-    fn map(&self, client: &mut Client, binding: u32, at: u64, length: u64) -> Result<View, Status> {
-        let lane = self.lane(client);
-        client.map(binding, at, length, lane.end()).map(|mapped| View { lane, mapped, done: Vec::new() })
-    }
-
-    fn fence_last(&self) -> Fence {
-        let fence = Fence { binding: self.rig.control.last(), epoch: 5, reason: Status::Fenced };
-        self.rig.engine.fence(fence);
-        fence
-    }
+fn lane(server: &Server, client: &Client) -> Lane {
+    client.channel.registrar().lane(server.address, WAIT, 16).unwrap()
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        (self.stop)();
-        self.accepting.take().unwrap().join().unwrap();
-    }
+fn map(server: &Server, client: &mut Client, binding: u32, at: u64, length: u64) -> Result<View, Status> {
+    let lane = lane(server, client);
+    client.map(binding, at, length, lane.end()).map(|mapped| View { lane, mapped, done: Vec::new() })
+}
+
+fn fence_last(server: &Server) -> Fence {
+    let fence = Fence { binding: server.rig.control.last(), epoch: 5, reason: Status::Fenced };
+    server.rig.engine.fence(fence);
+    fence
 }
 
 fn on() -> MapConfig {
@@ -149,12 +88,12 @@ impl View {
 
 #[test]
 fn a_client_reads_what_it_mapped_as_it_changes_until_it_unmaps() {
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     let before = holdfast_verbs::gauges();
     let content = pattern(1 << 20, 1);
     let (mut client, binding, open) = server.bound(&content);
     assert_eq!(client.hello.unwrap().mappings_max.get(), 16);
-    let mut view = server.map(&mut client, binding, 5000, 100_000).unwrap();
+    let mut view = map(&server, &mut client, binding, 5000, 100_000).unwrap();
     assert_eq!(view.mapped.length.get(), 100_000);
     assert_eq!(view.read(&client, 0, 100_000).unwrap(), content[5000..105_000]);
     assert_eq!((server.rig.gauge("mappings"), server.rig.gauge("mapping_bytes")), (1, 25 * 4096));
@@ -163,7 +102,7 @@ fn a_client_reads_what_it_mapped_as_it_changes_until_it_unmaps() {
     open.file.write_all_at(b"beside", 5007).unwrap();
     assert_eq!(view.read(&client, 0, 13).unwrap(), b"throughbeside");
     // What lies beyond the end of the file is left out.
-    let tail = server.map(&mut client, binding, (1 << 20) - 10, 100).unwrap();
+    let tail = map(&server, &mut client, binding, (1 << 20) - 10, 100).unwrap();
     assert_eq!(tail.mapped.length.get(), 10);
     let number = view.mapped.mapping.get();
     assert_eq!(client.unmap(binding, number), Status::Ok);
@@ -186,10 +125,10 @@ fn a_client_reads_what_it_mapped_as_it_changes_until_it_unmaps() {
 fn a_fenced_client_that_reads_at_full_speed_gets_not_one_byte_more() {
     const SIZE: usize = 64 << 10;
     const DEPTH: usize = 4;
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     for round in 0..20 {
         let (mut client, binding, open) = server.bound(&vec![b'a'; SIZE]);
-        let mut view = server.map(&mut client, binding, 0, SIZE as u64).unwrap();
+        let mut view = map(&server, &mut client, binding, 0, SIZE as u64).unwrap();
         let memory = &client.memory;
         for slot in 0..DEPTH {
             assert!(view.submit(memory, slot as u64, 0, slot * SIZE..(slot + 1) * SIZE));
@@ -208,7 +147,7 @@ fn a_fenced_client_that_reads_at_full_speed_gets_not_one_byte_more() {
                 reads
             });
             std::thread::sleep(Duration::from_micros(300 * round));
-            let fence = server.fence_last();
+            let fence = fence_last(&server);
             let told = || server.rig.control.told().contains(&Told::Fenced(fence));
             eventually("fenced", told);
             // Confirmed: only now may anybody else write.
@@ -223,10 +162,10 @@ fn a_fenced_client_that_reads_at_full_speed_gets_not_one_byte_more() {
 
 #[test]
 fn lck_01_rules_take_back_the_mappings_that_they_forbid_and_no_other() {
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     let (mut client, binding, open) = server.bound(&[b'a'; 20_000]);
-    let mut first = server.map(&mut client, binding, 0, 8192).unwrap();
-    let mut second = server.map(&mut client, binding, 8192, 8192).unwrap();
+    let mut first = map(&server, &mut client, binding, 0, 8192).unwrap();
+    let mut second = map(&server, &mut client, binding, 8192, 8192).unwrap();
     let rules = |deny| vec![IoRule { range: ByteRange::new(8191, 1).unwrap(), deny }];
     let restrict = |version, rules| {
         server.rig.engine.restrict(Restrict { open: open.id, version, rules });
@@ -239,33 +178,33 @@ fn lck_01_rules_take_back_the_mappings_that_they_forbid_and_no_other() {
     open.file.write_all_at(&[b'X'; 8192], 0).unwrap();
     assert!(first.read(&client, 0, 8192).is_err());
     assert_eq!(second.read(&client, 0, 8192).unwrap(), [b'a'; 8192]);
-    assert_eq!(server.map(&mut client, binding, 8000, 1000).map(|_| ()), Err(Status::LockConflict));
+    assert_eq!(map(&server, &mut client, binding, 8000, 1000).map(|_| ()), Err(Status::LockConflict));
     restrict(3, Vec::new());
-    let mut again = server.map(&mut client, binding, 8000, 100).unwrap();
+    let mut again = map(&server, &mut client, binding, 8000, 100).unwrap();
     assert_eq!(again.read(&client, 0, 100).unwrap(), [b'X'; 100]);
 }
 
 #[test]
 fn an_unbind_takes_back_its_mappings_alone_and_frees_their_places() {
-    let map = MapConfig { channel_mappings_max: 2, channel_bytes_max: 64 << 10, ..on() };
-    let Some(server) = Server::start(MapConfig { mappings_max: 3, bytes_max: 80 << 10, ..map }) else {
+    let limits = MapConfig { channel_mappings_max: 2, channel_bytes_max: 64 << 10, ..on() };
+    let Some(server) = start(MapConfig { mappings_max: 3, bytes_max: 80 << 10, ..limits }) else {
         return;
     };
     let (mut client, binding, open) = server.bound(&[b'a'; 1 << 20]);
     let other = client.bind(&open).unwrap();
-    let mut of_other = server.map(&mut client, other, 0, 4096).unwrap();
-    assert_eq!(server.map(&mut client, binding, 0, 61_441).map(|_| ()), Err(Status::TooMany), "bytes");
-    let mut mine = server.map(&mut client, binding, 0, 61_440).unwrap();
-    assert_eq!(server.map(&mut client, binding, 0, 1).map(|_| ()), Err(Status::TooMany), "mappings");
+    let mut of_other = map(&server, &mut client, other, 0, 4096).unwrap();
+    assert_eq!(map(&server, &mut client, binding, 0, 61_441).map(|_| ()), Err(Status::TooMany), "bytes");
+    let mut mine = map(&server, &mut client, binding, 0, 61_440).unwrap();
+    assert_eq!(map(&server, &mut client, binding, 0, 1).map(|_| ()), Err(Status::TooMany), "mappings");
     let (mut second, its, _) = server.bound(&[b'a'; 1 << 20]);
-    assert_eq!(server.map(&mut second, its, 0, 20_000).map(|_| ()), Err(Status::TooMany), "bytes in all");
+    assert_eq!(map(&server, &mut second, its, 0, 20_000).map(|_| ()), Err(Status::TooMany), "bytes in all");
     let request = client.send_unbind(binding);
     assert_eq!(client.answer(request).0, Status::Ok);
     open.file.write_all_at(b"X", 0).unwrap();
     assert!(mine.read(&client, 0, 1).is_err());
     assert_eq!(of_other.read(&client, 0, 1).unwrap(), b"X");
     // Its place is free.
-    server.map(&mut second, its, 0, 20_000).unwrap();
+    map(&server, &mut second, its, 0, 20_000).unwrap();
     let unmapping = of_other.mapped.mapping.get();
     assert_eq!(client.unmap(other, unmapping), Status::Ok);
     assert_eq!(client.map(binding, 0, 1, of_other.lane.end()), Err(Status::Closed));
@@ -273,18 +212,18 @@ fn an_unbind_takes_back_its_mappings_alone_and_frees_their_places() {
 
 #[test]
 fn a_file_that_shrinks_beside_the_server_harms_nobody() {
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     let content = pattern(1 << 20, 3);
     let (mut client, binding, open) = server.bound(&content);
-    let mut view = server.map(&mut client, binding, 0, 1 << 20).unwrap();
+    let mut view = map(&server, &mut client, binding, 0, 1 << 20).unwrap();
     for round in 0..50u64 {
         open.file.set_len(if round % 2 == 0 { 100 } else { 1 << 20 }).unwrap();
         // What was pinned is what is served; the device faults on nothing.
         assert_eq!(view.read(&client, 1 << 19, 4096).unwrap(), content[1 << 19..(1 << 19) + 4096]);
     }
     open.file.set_len(100).unwrap();
-    assert_eq!(server.map(&mut client, binding, 100, 1).map(|_| ()), Err(Status::BadRange));
-    let mut rest = server.map(&mut client, binding, 0, 4096).unwrap();
+    assert_eq!(map(&server, &mut client, binding, 100, 1).map(|_| ()), Err(Status::BadRange));
+    let mut rest = map(&server, &mut client, binding, 0, 4096).unwrap();
     assert_eq!(
         (rest.mapped.length.get(), rest.read(&client, 0, 100).unwrap()),
         (100, content[..100].to_vec())
@@ -294,10 +233,10 @@ fn a_file_that_shrinks_beside_the_server_harms_nobody() {
 
 #[test]
 fn bytes_beside_the_mapping_are_not_served() {
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     let (mut client, binding, _open) = server.bound(&[b'a'; 20_000]);
     for at in [u64::MAX, 1000] {
-        let mut view = server.map(&mut client, binding, 4096, 1000).unwrap();
+        let mut view = map(&server, &mut client, binding, 4096, 1000).unwrap();
         assert_eq!(view.read(&client, at, 1), Err(OperationError::RemoteAccess));
         assert!(view.read(&client, 0, 1).is_err(), "its lane is at its end");
     }
@@ -306,9 +245,9 @@ fn bytes_beside_the_mapping_are_not_served() {
 
 #[test]
 fn what_may_not_be_mapped_is_refused() {
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     let (mut client, binding, open) = server.bound(&[b'a'; 4096]);
-    let lane = server.lane(&client);
+    let lane = lane(&server, &client);
     assert_eq!(client.map(binding, 0, 0, lane.end()), Err(Status::BadRange));
     assert_eq!(client.map(binding, u64::MAX, 2, lane.end()), Err(Status::BadRange));
     assert_eq!(client.map(binding, 4096, 1, lane.end()), Err(Status::BadRange));
@@ -321,12 +260,12 @@ fn what_may_not_be_mapped_is_refused() {
     client.map(binding, 0, 1, lane.end()).unwrap();
     assert_eq!(client.map(binding, 0, 1, lane.end()), Err(Status::Invalid), "a lane has one mapping");
     let write_only = client.bind_as(&open, Access::WRITE, MacPolicy::Header, |_| {}).unwrap();
-    assert_eq!(server.map(&mut client, write_only, 0, 1).map(|_| ()), Err(Status::AccessDenied));
+    assert_eq!(map(&server, &mut client, write_only, 0, 1).map(|_| ()), Err(Status::AccessDenied));
     for policy in [MacPolicy::Payload, MacPolicy::Sealed] {
         let covered = server.rig.control.open(&[b'a'; 4096], Access::ALL, policy);
         let binding = client.bind(&covered).unwrap();
         assert_eq!(
-            server.map(&mut client, binding, 0, 1).map(|_| ()),
+            map(&server, &mut client, binding, 0, 1).map(|_| ()),
             Err(Status::Unsupported),
             "{policy:?}"
         );
@@ -336,15 +275,15 @@ fn what_may_not_be_mapped_is_refused() {
 
 #[test]
 fn lanes_that_nobody_claims_go() {
-    let Some(server) = Server::start(on()) else { return };
+    let Some(server) = start(on()) else { return };
     let client = server.client();
     let lanes = Arc::clone(server.rig.engine.lanes().unwrap());
-    let first = server.lane(&client);
+    let first = lane(&server, &client);
     assert!(lanes.waiting() <= 1);
     drop(first);
     eventually("its client has gone", || lanes.waiting() == 0);
     // For one more than may wait, the oldest goes; more of them, if it takes long to make so many.
-    let mut all: Vec<_> = (0..65).map(|_| server.lane(&client)).collect();
+    let mut all: Vec<_> = (0..65).map(|_| lane(&server, &client)).collect();
     // On a slow machine more of them may have waited too long already.
     assert!(lanes.waiting() <= 64);
     assert!(lanes.claim(&all[0].end()).is_none());
@@ -390,10 +329,10 @@ fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
     let opener: Opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
         Arc::new(Slow { file: KernelFile::new(fd), held: Arc::clone(&ours) })
     });
-    let Some(server) = Server::with_files(on(), opener) else { return };
+    let Some(server) = Server::start(|settings| settings.map = on(), opener) else { return };
     let (mut client, binding, _open) = server.bound(&[b'a'; 8192]);
     let holding = held.lock().unwrap();
-    let (first, second) = (server.lane(&client), server.lane(&client));
+    let (first, second) = (lane(&server, &client), lane(&server, &client));
     let asked = [first.end(), second.end()].map(|end| client.send_map(binding, 0, 4096, end));
     // Claimed; or dropped, as nobody claimed it in time.
     eventually("no lane waits", || server.rig.engine.lanes().unwrap().waiting() == 0);
@@ -405,7 +344,7 @@ fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
 
 #[test]
 fn it_is_off_by_default() {
-    let Some(server) = Server::start(MapConfig::default()) else { return };
+    let Some(server) = start(MapConfig::default()) else { return };
     let (mut client, binding, _open) = server.bound(b"content");
     assert_eq!(client.hello.unwrap().mappings_max.get(), 0);
     assert!(client.channel.registrar().lane(server.address, WAIT, 16).is_err());

@@ -12,6 +12,7 @@
 
 use super::inbox::Inbox;
 use super::latch::Latch;
+use super::pinned::{FileId, Stamp};
 use crate::gauges::Gauges;
 use crate::last_write::{LastWrite, Writing};
 use crate::limiter::Limiter;
@@ -53,6 +54,13 @@ pub trait FileIo: Send + Sync {
     /// # Errors
     /// The kernel's.
     fn sync(&self, data_only: bool) -> io::Result<()>;
+    /// How the file is now, to tell later whether its pages are still the same ones. `None`: this can't be told of it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        Ok(None)
+    }
     /// The descriptor it was made of, to be handed back to control.
     fn descriptor(&self) -> BorrowedFd<'_>;
 }
@@ -62,6 +70,8 @@ pub type Opener = Arc<dyn Fn(OwnedFd) -> Arc<dyn FileIo> + Send + Sync>;
 
 /// What `statfs` says of file systems whose files are memory and nothing else.
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
+/// Those whose files change their time of change with everything that takes a page away from them.
+const STAMPED: [i64; 3] = [0x0102_1994, 0xef53, 0x5846_5342]; // tmpfs, ext2 to ext4, xfs
 
 /// A file of the kernel. Remembers when it can't answer without waiting, so that it is asked once only.
 pub struct KernelFile {
@@ -69,6 +79,7 @@ pub struct KernelFile {
     /// Never waits, though the kernel doesn't know `RWF_NOWAIT` for it. (Pages of a tmpfs that were swapped out do wait;
     /// a server that swaps is slow either way.)
     in_memory: bool,
+    stamped: bool,
     read_now: AtomicBool,
     write_now: AtomicBool,
 }
@@ -76,8 +87,9 @@ pub struct KernelFile {
 impl KernelFile {
     /// Takes the descriptor over.
     pub fn new(fd: OwnedFd) -> Self {
-        let in_memory = rustix::fs::fstatfs(&fd).is_ok_and(|fs| IN_MEMORY.contains(&fs.f_type));
-        Self { fd, in_memory, read_now: AtomicBool::new(true), write_now: AtomicBool::new(true) }
+        let kind = rustix::fs::fstatfs(&fd).map_or(0, |fs| fs.f_type);
+        let (in_memory, stamped) = (IN_MEMORY.contains(&kind), STAMPED.contains(&kind));
+        Self { fd, in_memory, stamped, read_now: AtomicBool::new(true), write_now: AtomicBool::new(true) }
     }
 
     /// The usual [`Opener`].
@@ -126,6 +138,20 @@ impl FileIo for KernelFile {
         Ok(rustix::io::retry_on_intr(|| {
             if data_only { rustix::fs::fdatasync(&self.fd) } else { rustix::fs::fsync(&self.fd) }
         })?)
+    }
+
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        if !self.stamped {
+            return Ok(None);
+        }
+        let stat = rustix::fs::fstat(&self.fd)?;
+        let length = u64::try_from(stat.st_size).unwrap_or(0);
+        // Pinning a hole of a file in memory would fill it, at the cost of memory.
+        if self.in_memory && u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512) < length {
+            return Ok(None);
+        }
+        let changed = (stat.st_ctime, u32::try_from(stat.st_ctime_nsec).unwrap_or(0));
+        Ok(Some(Stamp { file: FileId(stat.st_dev, stat.st_ino), changed, length }))
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {

@@ -11,6 +11,7 @@
 
 use super::backend::FileIo;
 use super::latch::Latch;
+use super::pinned::{FileKey, PinnedFiles};
 use super::restrict::Rules;
 use holdfast_shared::auth::{FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, HandleId, OpenId, Status};
@@ -48,6 +49,15 @@ impl Drain {
     }
 }
 
+/// Whether a binding's file is one that may be pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pins {
+    /// Nothing long was read yet.
+    Unknown,
+    Never,
+    Watched(FileKey),
+}
+
 pub(crate) enum State {
     Active,
     Draining { drain: Drain, by: Instant },
@@ -72,6 +82,7 @@ pub(crate) struct Binding {
     pub(crate) state: State,
     /// `None` once gone.
     pub(crate) file: Option<Arc<dyn FileIo>>,
+    pub(crate) pins: Pins,
     /// Of the open: whether a flush has failed.
     pub(crate) latch: Arc<Latch>,
     /// What its I/O may not touch, and the version of that.
@@ -108,6 +119,7 @@ impl Binding {
             payload_out: PayloadKey::new(&keys.to_client, policy),
             state: State::Active,
             file: Some(file),
+            pins: Pins::Unknown,
             latch,
             rules,
             last_write_ns: 0,
@@ -141,6 +153,14 @@ impl Binding {
             last_write_ns: self.last_write_ns,
             rules_version: self.rules.version,
             transcript: self.transcript,
+        }
+    }
+
+    /// It needs its file no more.
+    pub(crate) fn let_file_go(&mut self, pinned: Option<&mut PinnedFiles>) {
+        self.file = None;
+        if let (Pins::Watched(key), Some(pinned)) = (std::mem::replace(&mut self.pins, Pins::Never), pinned) {
+            pinned.leave(key);
         }
     }
 

@@ -18,6 +18,7 @@ use super::door::Door;
 use super::latch::Latches;
 use super::map::ChannelMaps;
 use super::mapper::Maps;
+use super::pinned::PinnedFiles;
 use super::ready::Ready;
 use super::registry::Registry;
 use super::reply::Rare;
@@ -28,7 +29,8 @@ use crate::gauges::Gauges;
 use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use holdfast_shared::types::Status;
-use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError};
+use holdfast_transport::verbs::Pinner;
+use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError, Placed};
 use holdfast_verbs::memory::{Buffer, Pool};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -52,6 +54,8 @@ pub(crate) struct Cx {
     pub(crate) gauges: Arc<Gauges>,
     /// `None`: there are no one-sided reads.
     pub(crate) maps: Option<Arc<Maps>>,
+    /// `None`: nothing is pinned to be read.
+    pub(crate) pinned: Option<PinnedFiles>,
     /// The time at the beginning of this round.
     pub(crate) now: Instant,
 }
@@ -81,7 +85,7 @@ pub(crate) enum Token {
 }
 
 impl Token {
-    fn number(self) -> u64 {
+    pub(super) fn number(self) -> u64 {
         match self {
             Self::Receive => 0,
             Self::Send => 1,
@@ -144,6 +148,10 @@ pub(crate) struct Conn {
     /// Longest Place or Fetch the transport does.
     pub(super) transfer_max: usize,
     cheap: bool,
+    /// Of its device, where that can place from files.
+    pub(super) pinner: Option<Pinner>,
+    /// Places from files done.
+    placed: Vec<Placed>,
     pub(super) storage_ops: usize,
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
@@ -164,6 +172,7 @@ impl Conn {
         let credits = usize::from(cx.settings.engine.credits);
         let capabilities = transport.capabilities();
         let peer = transport.peer();
+        let pinner = if cx.pinned.is_some() { transport.pinner() } else { None };
         let mut conn = Self {
             key,
             transport,
@@ -194,6 +203,8 @@ impl Conn {
             depth: capabilities.depth.min(2 * credits + RESERVE),
             transfer_max: capabilities.transfer_bytes_max,
             cheap: capabilities.cheap_poll,
+            pinner,
+            placed: Vec::new(),
             storage_ops: 0,
             maps: ChannelMaps::default(),
             held: 0,
@@ -261,13 +272,23 @@ impl Conn {
     pub(crate) fn poll(&mut self, cx: &mut Cx, done: &mut Vec<Completion>) -> bool {
         self.unpolled = false;
         let busy = self.transport.poll(done) > 0;
+        if self.pinner.is_some() {
+            self.transport.take_placed(&mut self.placed);
+        }
         if busy {
             self.blocked = false;
             // A peer that only talks is no progress of what is under way to it.
-            if done.iter().any(|completion| completion.kind != Kind::Recv) {
+            if !self.placed.is_empty() || done.iter().any(|completion| completion.kind != Kind::Recv) {
                 self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
             }
         }
+        // First: the reply that follows one frees nothing that a Place still holds.
+        for at in 0..self.placed.len() {
+            self.ops = self.ops.saturating_sub(1);
+            self.completed += 1;
+            self.placed_for(cx, self.placed[at].token, self.placed[at].outcome.err());
+        }
+        self.placed.clear();
         for completion in done.drain(..) {
             self.complete(cx, completion);
         }
@@ -309,11 +330,7 @@ impl Conn {
             }
             Kind::Place => {
                 self.give(buffer);
-                let name = BindingRef((token & 0xffff_ffff) as u32);
-                if let Some(binding) = self.bindings.get_mut(name) {
-                    binding.transport_ops = binding.transport_ops.saturating_sub(1);
-                }
-                self.check_remote(cx, outcome.err());
+                self.placed_for(cx, token, outcome.err());
             }
             Kind::Fetch => {
                 let slot = ((token >> 32) & 0xffff) as u16;
@@ -322,6 +339,15 @@ impl Conn {
                 self.check_remote(cx, outcome.err());
             }
         }
+    }
+
+    /// A Place has completed.
+    fn placed_for(&mut self, cx: &mut Cx, token: u64, error: Option<OperationError>) {
+        let name = BindingRef((token & 0xffff_ffff) as u32);
+        if let Some(binding) = self.bindings.get_mut(name) {
+            binding.transport_ops = binding.transport_ops.saturating_sub(1);
+        }
+        self.check_remote(cx, error);
     }
 
     /// A failed Place or Fetch has ended the channel already; the peer's part in it is logged.
@@ -348,14 +374,11 @@ impl Conn {
         let receive = matches!(operation, Operation::Recv { .. });
         match self.transport.submit(token.number(), operation) {
             Ok(()) => {
-                self.unpolled = true;
                 if receive {
+                    self.unpolled = true;
                     self.receives += 1;
                 } else {
-                    if self.ops == 0 {
-                        self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
-                    }
-                    self.ops += 1;
+                    self.begun(cx.now, cx.settings.limits.stuck_ms);
                 }
                 true
             }
@@ -372,6 +395,15 @@ impl Conn {
                 false
             }
         }
+    }
+
+    /// A Send, Place or Fetch was submitted.
+    pub(super) fn begun(&mut self, now: Instant, stuck_ms: u64) {
+        self.unpolled = true;
+        if self.ops == 0 {
+            self.stuck_by = Some(now + Duration::from_millis(stuck_ms));
+        }
+        self.ops += 1;
     }
 
     /// True if `n` more operations and a reply fit.

@@ -9,6 +9,7 @@
 use super::backend::Done;
 use super::bind::Redemption;
 use super::mapper::{ExposeDone, WithdrawDone};
+use super::pinner::PinDone;
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
 use crossbeam::queue::{ArrayQueue, SegQueue};
@@ -36,6 +37,10 @@ pub(crate) enum Letter {
     Exposed(Box<ExposeDone>),
     /// A mapping was withdrawn.
     Withdrawn(WithdrawDone),
+    /// The pinner has pinned an extent of a file, or could not.
+    Pinned(Box<PinDone>),
+    /// The pinner has unpinned so many bytes.
+    Unpinned(u64),
     /// A control is to be told which bindings there are.
     Snapshot(Sender<Vec<HeldBinding>>),
     /// End all channels, then the worker.

@@ -39,6 +39,9 @@ mod inbox;
 mod latch;
 mod map;
 mod mapper;
+mod pinned;
+mod pinner;
+mod place;
 mod ready;
 mod receive;
 mod registry;
@@ -50,6 +53,7 @@ mod worker;
 
 pub use backend::{FileIo, KernelFile, Opener, status_of};
 pub use bind::Redemption;
+pub use pinned::{FileId, Stamp};
 pub use registry::{HeldBinding, Snapshot};
 
 use crate::config::{EngineConfig, Limits, MapConfig};
@@ -66,6 +70,7 @@ use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
 use mapper::{MapThreads, Maps};
 use parking_lot::Mutex;
+use pinned::PinnedFiles;
 use registry::Registry;
 use std::io;
 use std::net::SocketAddr;
@@ -142,6 +147,7 @@ pub struct Engine {
     threads: Mutex<(Vec<JoinHandle<()>>, Option<Storage>)>,
     lanes: Option<Arc<Lanes>>,
     mapping: Mutex<Option<MapThreads>>,
+    pinner: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Engine {
@@ -179,6 +185,7 @@ impl Engine {
             None
         };
         let maps = mapping.as_ref().map(|mapping| Arc::clone(&mapping.maps));
+        let (pins, pinner) = pinner::start(inboxes.clone())?;
         let mut threads = Vec::new();
         for (n, pool) in bulk.iter().enumerate() {
             let cx = channel::Cx {
@@ -195,6 +202,7 @@ impl Engine {
                 opener: Arc::clone(&opener),
                 gauges: Arc::clone(&gauges),
                 maps: maps.clone(),
+                pinned: PinnedFiles::new(n, config, pins.clone(), Arc::clone(&gauges)),
                 now: std::time::Instant::now(),
             };
             let worker = worker::Worker::new(cx, Arc::clone(&inboxes[n]))?;
@@ -218,6 +226,7 @@ impl Engine {
             threads: Mutex::new((threads, Some(storage))),
             lanes: maps.as_ref().map(|maps| Arc::clone(maps.lanes())),
             mapping: Mutex::new(mapping),
+            pinner: Mutex::new(Some(pinner)),
         }))
     }
 
@@ -358,6 +367,10 @@ impl Engine {
         }
         if let Some(mapping) = self.mapping.lock().take() {
             mapping.stop();
+        }
+        // It ends with the last worker's end of its queue.
+        if self.pinner.lock().take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the pinning thread had panicked");
         }
     }
 }

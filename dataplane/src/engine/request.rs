@@ -51,6 +51,8 @@ pub(crate) struct Request {
     pub(super) filled: Option<(Buffer, usize)>,
     /// Bytes begun.
     pub(super) next: u32,
+    /// Whether its bytes are pinned was looked at.
+    pub(super) looked: bool,
     /// The read met the end of the file.
     pub(super) at_end: bool,
     pub(super) fetches: u16,
@@ -107,6 +109,7 @@ impl Request {
             message: None,
             filled: None,
             next: 0,
+            looked: false,
             at_end: false,
             fetches: 0,
             storage: 0,

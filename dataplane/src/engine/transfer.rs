@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  read:   [ buffer ─► page cache or storage ─► Place ]… one after another ─► reply, right behind the last Place
+//!  long read of pinned pages: see `place`
 //!  write:  [ buffer ─► Fetch ─► page cache or storage ]… several at once ───► reply
 //!  inline: message buffer ─► page cache or storage ─────────────────────────► reply
 //! ```
@@ -35,6 +36,11 @@ impl Conn {
             debug_assert!(at <= request.length);
             request.answer = Some((status, 0));
             return Some(Step::Again);
+        }
+        if request.next == 0 && request.filled.is_none() {
+            if let Some(step) = self.step_pinned(cx, slot, request, bytes) {
+                return step;
+            }
         }
         // A piece is read only when it can be placed and the reply sent right behind it.
         if !self.room(2) || !self.can_reply() {

@@ -15,6 +15,7 @@
 use super::ConnKey;
 use super::channel::{Conn, Cx};
 use super::inbox::{Inbox, Letter};
+use super::pinned::PinnedFiles;
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
 use crate::engine::bind::Redemption;
@@ -182,11 +183,20 @@ impl Worker {
                 Letter::Restrict(restriction) => self.restrict(&restriction),
                 Letter::Exposed(done) => self.with_conn(done.conn, |conn, cx| conn.exposed(cx, *done)),
                 Letter::Withdrawn(done) => self.with_conn(done.conn, |conn, cx| conn.withdrawn(cx, done)),
+                Letter::Pinned(done) => self.pinned(|pinned, now| pinned.pinned(*done, now)),
+                Letter::Unpinned(bytes) => self.pinned(|pinned, _| pinned.unpinned(bytes)),
                 Letter::Snapshot(to) => self.snapshot(&to),
                 Letter::Stop => self.stop(),
             }
         }
         busy
+    }
+
+    fn pinned(&mut self, act: impl FnOnce(&mut PinnedFiles, Instant)) {
+        let now = self.cx.now;
+        if let Some(pinned) = &mut self.cx.pinned {
+            act(pinned, now);
+        }
     }
 
     fn indexes(&self) -> Vec<usize> {
@@ -300,6 +310,9 @@ impl Worker {
             self.with(index, |conn, cx| busy |= conn.poll(cx, &mut completions));
             completions.clear();
             self.completions = completions;
+        }
+        if self.cx.pinned.as_ref().is_some_and(PinnedFiles::wants_sweep) {
+            self.pinned(|pinned, _| pinned.sweep());
         }
         busy
     }

@@ -6,10 +6,12 @@ mod client;
 mod control;
 mod gate;
 pub mod link;
+mod server;
 
 pub use client::{Client, Msg};
 pub use control::{FakeControl, Open, Told};
 pub use gate::{Gate, gated};
+pub use server::Server;
 
 use holdfast_dataplane::config::{EngineConfig, Limits, MapConfig};
 use holdfast_dataplane::engine::{Engine, KernelFile, Opener, Settings};

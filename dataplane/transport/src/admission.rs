@@ -69,6 +69,14 @@ impl Admission {
         if full { Err(SubmitError::Full) } else { Ok(()) }
     }
 
+    /// Says whether a transfer of so many bytes may be accepted now whose bytes are in no buffer.
+    pub(crate) fn check_transfer(&self, length: usize) -> Result<(), SubmitError> {
+        if length > self.capabilities.transfer_bytes_max {
+            return Err(SubmitError::Invalid);
+        }
+        if self.operations >= self.capabilities.depth { Err(SubmitError::Full) } else { Ok(()) }
+    }
+
     /// An operation was accepted.
     pub(crate) fn enter(&mut self, kind: Kind) {
         *self.count(kind) += 1;

@@ -1,12 +1,13 @@
 //! The trait, its operations and their completions.
 
-use crate::verbs::Lane;
+use crate::verbs::{Lane, PinnedFile, Pinner};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use std::any::Any;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,6 +66,15 @@ pub struct Completion {
     /// The buffer, the owner's again.
     pub buffer: Buffer,
     /// Bytes sent, received, placed or fetched; or why not.
+    pub outcome: Result<usize, OperationError>,
+}
+
+/// The end of a [`Channel::place_pinned`].
+#[derive(Clone, Copy, Debug)]
+pub struct Placed {
+    /// As given to it.
+    pub token: u64,
+    /// Bytes placed; or why not.
     pub outcome: Result<usize, OperationError>,
 }
 
@@ -190,6 +200,35 @@ pub trait Channel: Send {
 
     /// `None` while it lives; then why it ended. Completions may still be due.
     fn ended(&self) -> Option<ChannelError>;
+
+    /// Pins files for [`Channel::place_pinned`]. `None`, as it is for all transports but verbs: their bytes pass a processor
+    /// anyway.
+    fn pinner(&self) -> Option<Pinner> {
+        None
+    }
+
+    /// As a Place, straight from pinned pages of a file: from `range` of them to the beginning of `remote`, which is as
+    /// long. Takes effect in the order of all that is submitted; counts as an operation in flight until it is
+    /// [placed](Channel::take_placed). The pages are held until then.
+    ///
+    /// # Errors
+    /// As [`Channel::submit`]; [`SubmitError::Invalid`] also if they were not pinned by this channel's [`Channel::pinner`].
+    fn place_pinned(
+        &mut self,
+        token: u64,
+        file: &PinnedFile,
+        range: Range<usize>,
+        remote: RegionDescriptor,
+    ) -> Result<(), SubmitError> {
+        let _ = (token, file, range, remote);
+        Err(SubmitError::Invalid)
+    }
+
+    /// Appends those [`Channel::place_pinned`] that a `poll` has found done. Each accepted one is told once, also when the
+    /// channel dies.
+    fn take_placed(&mut self, done: &mut Vec<Placed>) {
+        let _ = done;
+    }
 
     /// Registers memory for the peer of this channel; usable from any thread, and while the channel is polled.
     fn registrar(&self) -> Arc<dyn Registrar>;

@@ -29,7 +29,7 @@ pub mod verbs;
 
 pub use channel::{
     Armed, Capabilities, Channel, ChannelError, Completion, Kind, Listener, Operation, OperationError,
-    Registrar, Registration, Rejected, RemoteAccess, Setup, SubmitError,
+    Placed, Registrar, Registration, Rejected, RemoteAccess, Setup, SubmitError,
 };
 pub use holdfast_shared::types::RegionDescriptor;
 pub use spin::Spin;

@@ -8,14 +8,17 @@ use std::sync::Arc;
 use crate::error::{VerbsError, memlock_limit};
 use crate::ffi;
 use crate::gauges::{MEMORY_REGISTRATIONS, PINNED_BYTES, REGISTRATIONS_TOTAL};
-use crate::memory::{Memory, Pool, Region};
+use crate::memory::{FileMapping, Memory, Pool, Region};
 use crate::pd::ProtectionDomain;
 
-/// What a peer may do with registered memory. The device of this host may always write it for local work requests.
+/// What a peer may do with registered memory. The device of this host may always write it for local work requests, unless
+/// it is a file's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Nothing: only local work requests name it.
     LocalOnly,
+    /// Nothing, and local work requests only read it: what a file's pages are registered for.
+    LocalRead,
     /// RDMA READ.
     RemoteRead,
     /// RDMA WRITE.
@@ -31,6 +34,7 @@ impl Access {
         const WRITE: u32 = ffi::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0;
         let flags = match self {
             Self::LocalOnly => LOCAL,
+            Self::LocalRead => 0,
             Self::RemoteRead => LOCAL | READ,
             Self::RemoteWrite => LOCAL | WRITE,
             Self::RemoteReadWrite => LOCAL | READ | WRITE,
@@ -46,14 +50,31 @@ enum Target {
     Memory(Arc<Memory>),
     Region(Arc<Region>),
     Pool(Pool),
+    File(Arc<FileMapping>),
 }
 
 impl Target {
-    fn memory(&self) -> &Arc<Memory> {
+    /// What this process can touch; `None` for a file's pages.
+    fn memory(&self) -> Option<&Arc<Memory>> {
         match self {
-            Self::Memory(memory) => memory,
-            Self::Region(region) => region.memory(),
-            Self::Pool(pool) => pool.memory(),
+            Self::Memory(memory) => Some(memory),
+            Self::Region(region) => Some(region.memory()),
+            Self::Pool(pool) => Some(pool.memory()),
+            Self::File(_) => None,
+        }
+    }
+
+    fn addr(&self) -> u64 {
+        match self {
+            Self::File(mapping) => mapping.addr(),
+            other => other.memory().map_or(0, |memory| memory.addr()),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::File(mapping) => mapping.len(),
+            other => other.memory().map_or(0, |memory| memory.len()),
         }
     }
 }
@@ -97,19 +118,28 @@ impl MemoryRegistration {
         Self::register(domain, Target::Memory(Arc::clone(memory)), access)
     }
 
+    /// Pins the pages of a file, reading them from the disk if need be, for local work requests to send from: no peer can
+    /// name them, and nobody can write them by this registration. Blocks for that long.
+    ///
+    /// # Errors
+    /// As [`crate::FileRegistration::new`].
+    pub fn of_file(domain: &Arc<ProtectionDomain>, mapping: FileMapping) -> Result<Arc<Self>, VerbsError> {
+        Self::register(domain, Target::File(Arc::new(mapping)), Access::LocalRead)
+    }
+
     fn register(
         domain: &Arc<ProtectionDomain>,
         target: Target,
         access: Access,
     ) -> Result<Arc<Self>, VerbsError> {
-        let memory = target.memory();
-        if memory.is_exclusive() && access != Access::LocalOnly {
+        if target.memory().is_some_and(|memory| memory.is_exclusive()) && access != Access::LocalOnly {
             return Err(VerbsError::Exclusive);
         }
-        let bytes = memory.len();
+        let bytes = target.len();
         // SAFETY: the range is the whole mapping, which `target` keeps until after deregistration. With remote access
-        // its bytes are touched by atomics and system calls only (checked above: no slices of it are handed out).
-        let mr = unsafe { ffi::ibv_reg_mr(domain.as_ptr(), memory.addr() as *mut _, bytes, access.flags()) };
+        // its bytes are touched by atomics and system calls only (checked above: no slices of it are handed out). A file's
+        // pages are registered for reading alone (`of_file`), and this process holds no reference to their bytes.
+        let mr = unsafe { ffi::ibv_reg_mr(domain.as_ptr(), target.addr() as *mut _, bytes, access.flags()) };
         let mr = ffi::check_pointer(mr).map_err(|source| match source.raw_os_error() {
             Some(libc::ENOMEM | libc::EAGAIN | libc::EPERM) => {
                 VerbsError::Register { bytes, limit: memlock_limit(), source }
@@ -136,13 +166,13 @@ impl MemoryRegistration {
 
     /// Address of the first byte: as a peer names it.
     pub fn addr(&self) -> u64 {
-        self.target.memory().addr()
+        self.target.addr()
     }
 
     /// Length in bytes.
     #[allow(clippy::len_without_is_empty)] // never empty
     pub fn len(&self) -> usize {
-        self.target.memory().len()
+        self.target.len()
     }
 
     /// What a peer may do.
@@ -161,6 +191,11 @@ impl MemoryRegistration {
             Target::Region(region) => Some(region),
             _ => None,
         }
+    }
+
+    /// True if it was made of a file's pages, which no processor may touch.
+    pub fn is_file(&self) -> bool {
+        matches!(self.target, Target::File(_))
     }
 
     /// The id of the pool it was made of, if it was made of one.

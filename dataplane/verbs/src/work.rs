@@ -37,7 +37,7 @@ use crate::ffi;
 use crate::memory::{Buffer, Region, check_range};
 use crate::mr::MemoryRegistration;
 
-/// Memory of this host that a work request names and owns: part of a buffer, or part of a region.
+/// Memory of this host that a work request names and owns: part of a buffer, of a region, or of a file's pages.
 #[derive(Debug)]
 pub struct Local {
     registration: Arc<MemoryRegistration>,
@@ -64,6 +64,15 @@ impl Local {
     /// Part of a region that `registration` was made of.
     pub fn region(registration: &Arc<MemoryRegistration>, range: Range<usize>) -> Result<Self, VerbsError> {
         if registration.region().is_none() {
+            return Err(VerbsError::WrongRegistration);
+        }
+        check_range(&range, registration.len())?;
+        Self::new(registration, None, registration.addr(), range)
+    }
+
+    /// Part of a file's pages, to send or write from.
+    pub fn file(registration: &Arc<MemoryRegistration>, range: Range<usize>) -> Result<Self, VerbsError> {
+        if !registration.is_file() {
             return Err(VerbsError::WrongRegistration);
         }
         check_range(&range, registration.len())?;

@@ -1,23 +1,26 @@
 //! [`VerbsChannel`]: the trait over a connected queue pair.
 
 use super::home::{Exporting, Home, NotExporting};
+use super::pinned::{PinnedFile, Pinner};
 use super::wake::{Note, Wake};
 use super::{config, io_error, require_device};
 use crate::admission::Admission;
 use crate::channel::{
-    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Operation, OperationError, Registrar,
-    Rejected, Setup, SubmitError,
+    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Operation, OperationError, Placed,
+    Registrar, Rejected, Setup, SubmitError,
 };
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_shared::wire::service::TransportKind;
 use holdfast_verbs::memory::Buffer;
 use holdfast_verbs::{
-    CompletionKind, Connection, DeviceLimits, Incoming, Outgoing, Remote, Status, VerbsError, WorkRequest,
+    CompletionKind, Connection, DeviceLimits, Incoming, Local, Outgoing, Remote, Status, VerbsError,
+    WorkRequest,
 };
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +46,8 @@ pub struct VerbsChannel {
     outgoing: VecDeque<WorkRequest>,
     /// Completions to be handed out.
     ready: VecDeque<Completion>,
+    /// Of Places from files: they have no buffer to hand out.
+    placed: Vec<Placed>,
     batch: Vec<holdfast_verbs::Completion>,
     end: Option<ChannelError>,
 }
@@ -135,6 +140,7 @@ impl VerbsChannel {
             exports: is_client,
             outgoing: VecDeque::with_capacity(operations),
             ready: VecDeque::with_capacity(operations),
+            placed: Vec::new(),
             batch: Vec::with_capacity(operations + receives),
             end: None,
         })
@@ -169,10 +175,7 @@ impl VerbsChannel {
                 }
                 _ => Kind::Send,
             };
-            if let Some(buffer) = request.local.into_buffer() {
-                let outcome = Err(OperationError::Flushed);
-                self.ready.push_back(Completion { token: request.token, kind, buffer, outcome });
-            }
+            self.hand_out(request.token, kind, request.local, Err(OperationError::Flushed));
         }
     }
 
@@ -231,9 +234,14 @@ impl VerbsChannel {
         if self.end.is_none() && outcome.is_err() {
             self.finish(why_ended(done.status, kind));
         }
-        // Always there: nothing but buffers is posted here.
-        if let Some(buffer) = done.local.into_buffer() {
-            self.ready.push_back(Completion { token: done.token, kind, buffer, outcome });
+        self.hand_out(done.token, kind, done.local, outcome);
+    }
+
+    /// Nothing but buffers and pages of files is posted here.
+    fn hand_out(&mut self, token: u64, kind: Kind, local: Local, outcome: Result<usize, OperationError>) {
+        match local.into_buffer() {
+            Some(buffer) => self.ready.push_back(Completion { token, kind, buffer, outcome }),
+            None => self.placed.push(Placed { token, outcome }),
         }
     }
 
@@ -345,7 +353,7 @@ impl Channel for VerbsChannel {
             // What had arrived before has been collected, or comes with the next polls.
             self.finish(ChannelError::Disconnected);
         }
-        let count = self.ready.len();
+        let count = self.ready.len() + self.placed.len();
         for completion in self.ready.drain(..) {
             self.admission.leave(completion.kind);
             done.push(completion);
@@ -357,11 +365,11 @@ impl Channel for VerbsChannel {
         if !self.outgoing.is_empty() {
             self.post();
         }
-        self.end.is_none() && self.ready.is_empty() && self.outgoing.is_empty()
+        self.end.is_none() && self.ready.is_empty() && self.placed.is_empty() && self.outgoing.is_empty()
     }
 
     fn arm(&mut self) -> Armed {
-        if !self.ready.is_empty() || !self.outgoing.is_empty() {
+        if !self.ready.is_empty() || !self.placed.is_empty() || !self.outgoing.is_empty() {
             return Armed::Pending;
         }
         self.wake.clear_note();
@@ -389,6 +397,38 @@ impl Channel for VerbsChannel {
 
     fn ended(&self) -> Option<ChannelError> {
         self.end.clone()
+    }
+
+    fn pinner(&self) -> Option<Pinner> {
+        // A client has no files.
+        (!self.exports).then(|| Pinner(Arc::clone(&self.home.domain)))
+    }
+
+    fn place_pinned(
+        &mut self,
+        token: u64,
+        file: &PinnedFile,
+        range: Range<usize>,
+        to: RegionDescriptor,
+    ) -> Result<(), SubmitError> {
+        if self.end.is_some() {
+            return Err(SubmitError::Closed);
+        }
+        let fits = range.len() == to.length() as usize && !range.is_empty() && file.is_of(&self.home.domain);
+        self.admission.check_transfer(range.len())?;
+        let local = if fits { file.local(range).ok() } else { None };
+        let local = local.ok_or(SubmitError::Invalid)?;
+        self.admission.enter(Kind::Place);
+        let operation = holdfast_verbs::Operation::Write(remote(to));
+        self.outgoing.push_back(WorkRequest { token, operation, local, signaled: true });
+        Ok(())
+    }
+
+    fn take_placed(&mut self, done: &mut Vec<Placed>) {
+        for placed in self.placed.drain(..) {
+            self.admission.leave(Kind::Place);
+            done.push(placed);
+        }
     }
 
     fn registrar(&self) -> Arc<dyn Registrar> {

@@ -11,6 +11,7 @@
 //! * A client's channel has a protection domain of its own: what it registers can be named on this connection only.
 //! * A listener has one protection domain per device, in which the pools are registered once, for local use. Its
 //!   channels export no memory: their registrar refuses.
+//! * A server's channel also places straight from pinned pages of files: see `pinned`.
 //! * A *lane* is a queue pair beside the channels, over which a client reads one range of a file by itself: see `lane`.
 //! * The device reports in order, and of a batch only what matters: the last request, Fetches and long transfers ask
 //!   for a completion, the others complete together with the next that does.
@@ -23,11 +24,13 @@ mod channel;
 mod home;
 mod lane;
 mod listener;
+mod pinned;
 mod wake;
 
 pub use channel::{VerbsChannel, connect};
 pub use lane::{Claimed, Exposed, Lane, LaneEnd, LaneRead, Lanes, Spent};
 pub use listener::VerbsListener;
+pub use pinned::{PinnedFile, Pinner};
 
 use holdfast_verbs::{ConnectFailure, ConnectionConfig, Device, QueueDepths, VerbsError};
 use std::io;

@@ -22,7 +22,7 @@ const CHAIN: usize = 16;
 impl QueuePair {
     /// Posts one receive. Gives the memory back if it can't.
     pub(crate) fn post_receive(&mut self, token: u64, local: Local) -> Result<(), (VerbsError, Local)> {
-        if let Err(error) = self.check(&local) {
+        if let Err(error) = self.check(&local, true) {
             return Err((error, local));
         }
         if self.receives.room() == 0 {
@@ -57,7 +57,9 @@ impl QueuePair {
             let mut refusal = None;
             let mut count = queue.len().min(self.sends.room()).min(CHAIN);
             for (index, request) in queue.iter().take(count).enumerate() {
-                if let Err(error) = self.check(&request.local) {
+                if let Err(error) =
+                    self.check(&request.local, matches!(request.operation, Operation::Read(_)))
+                {
                     (count, refusal) = (index, Some(error));
                     break;
                 }
@@ -131,7 +133,9 @@ impl QueuePair {
             raw.send_flags |= flag::IBV_SEND_SIGNALED.0;
         }
         let is_read = matches!(request.operation, Operation::Read(_));
-        if !is_read && request.local.len() <= self.max_inline as usize {
+        // Inline means that a processor copies the bytes: of a file's pages that would be a fault once the file has shrunk.
+        let may_inline = !is_read && !request.local.registration().is_file();
+        if may_inline && request.local.len() <= self.max_inline as usize {
             raw.send_flags |= flag::IBV_SEND_INLINE.0;
         }
         let (code, remote, immediate) = match request.operation {
@@ -152,8 +156,10 @@ impl QueuePair {
         }
     }
 
-    fn check(&self, local: &Local) -> Result<(), VerbsError> {
-        if !Arc::ptr_eq(local.registration().domain(), &self.domain) {
+    /// `written`: the device is to write into it.
+    fn check(&self, local: &Local, written: bool) -> Result<(), VerbsError> {
+        let registration = local.registration();
+        if !Arc::ptr_eq(registration.domain(), &self.domain) || (written && registration.is_file()) {
             return Err(VerbsError::WrongRegistration);
         }
         if local.len() > self.max_message as usize {
