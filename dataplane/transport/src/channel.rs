@@ -179,7 +179,8 @@ pub trait Channel: Send {
     /// [`Rejected`] gives the operation back.
     fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected>;
 
-    /// Pushes out what was submitted, collects what is done, and appends it to `done`. Returns how many.
+    /// Pushes out what was submitted, collects what is done, and appends it to `done`. Returns how many, with those that
+    /// [`Channel::take_placed`] gives.
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize;
 
     /// Pushes out what was submitted, and does not look for what has come. True if all that remains will be told by the wake

@@ -46,8 +46,9 @@ pub struct VerbsChannel {
     outgoing: VecDeque<WorkRequest>,
     /// Completions to be handed out.
     ready: VecDeque<Completion>,
-    /// Of Places from files: they have no buffer to hand out.
+    /// Of Places from files, which have no buffer to hand out; and how many of them a poll has counted.
     placed: Vec<Placed>,
+    placed_counted: usize,
     batch: Vec<holdfast_verbs::Completion>,
     end: Option<ChannelError>,
 }
@@ -141,6 +142,7 @@ impl VerbsChannel {
             outgoing: VecDeque::with_capacity(operations),
             ready: VecDeque::with_capacity(operations),
             placed: Vec::new(),
+            placed_counted: 0,
             batch: Vec::with_capacity(operations + receives),
             end: None,
         })
@@ -353,7 +355,8 @@ impl Channel for VerbsChannel {
             // What had arrived before has been collected, or comes with the next polls.
             self.finish(ChannelError::Disconnected);
         }
-        let count = self.ready.len() + self.placed.len();
+        let count = self.ready.len() + self.placed.len() - self.placed_counted;
+        self.placed_counted = self.placed.len();
         for completion in self.ready.drain(..) {
             self.admission.leave(completion.kind);
             done.push(completion);
@@ -425,6 +428,7 @@ impl Channel for VerbsChannel {
     }
 
     fn take_placed(&mut self, done: &mut Vec<Placed>) {
+        self.placed_counted = 0;
         for placed in self.placed.drain(..) {
             self.admission.leave(Kind::Place);
             done.push(placed);

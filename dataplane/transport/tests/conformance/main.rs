@@ -16,6 +16,7 @@ mod life;
 mod listening;
 mod messages;
 mod model;
+mod pinned;
 mod processes;
 mod refusals;
 mod transfers;
