@@ -3,11 +3,17 @@
 
 mod common;
 
-use common::{Client, Rig, eventually, pattern};
+use common::{Client, Rig, anyone, eventually, pattern};
+use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::data::Opcode;
-use holdfast_transport::memory::Faults;
-use holdfast_transport::{Kind, Listener, tcp};
+use holdfast_transport::memory::{Faults, pair};
+use holdfast_transport::{
+    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Listener, Operation, Registrar, Rejected,
+    tcp,
+};
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -123,4 +129,61 @@ fn a_peer_that_only_talks_makes_no_progress() {
     }
     assert!(client.channel.ended().is_some(), "it held its buffers by talking");
     rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
+}
+
+/// A channel that always has something to do, as one whose client never pauses.
+struct Restless(Box<dyn Channel>);
+
+impl Channel for Restless {
+    fn identity(&self) -> &ChannelIdentity {
+        self.0.identity()
+    }
+    fn peer(&self) -> SocketAddr {
+        self.0.peer()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
+        self.0.submit(token, operation)
+    }
+    fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
+        self.0.poll(done) + usize::from(self.0.ended().is_none())
+    }
+    fn arm(&mut self) -> Armed {
+        self.0.arm()
+    }
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.0.wake_fd()
+    }
+    fn close(&mut self) {
+        self.0.close();
+    }
+    fn ended(&self) -> Option<ChannelError> {
+        self.0.ended()
+    }
+    fn registrar(&self) -> Arc<dyn Registrar> {
+        self.0.registrar()
+    }
+}
+
+#[test]
+fn a_channel_that_never_pauses_does_not_keep_sleeping_ones_waiting() {
+    let rig = Rig::new();
+    let (mut sleeper, binding, _open) = rig.bound(b"content");
+    // It is armed, and the worker sleeps.
+    let mut before = 0;
+    eventually("the worker sleeps", || {
+        std::thread::sleep(Duration::from_millis(20));
+        let polls = rig.gauge("polls_total");
+        std::mem::replace(&mut before, polls) == polls
+    });
+    let parts = Client::parts();
+    let (ours, theirs) = pair(parts.setup(), rig.engine.setup(anyone()).unwrap()).unwrap();
+    rig.engine.adopt(Box::new(Restless(Box::new(theirs))));
+    eventually("the worker never sleeps", || rig.gauge("polls_total") > before + 1000);
+    for _ in 0..10 {
+        assert_eq!(sleeper.read(binding, 0, 7), (Status::Ok, b"content".to_vec()));
+    }
+    drop(ours);
 }
