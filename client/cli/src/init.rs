@@ -179,6 +179,7 @@ const DATAPLANE_TUNING: &str = "
 # Bytes of bulk buffers in all, of one, and of all message buffers. On RDMA devices they are pinned.
 #pool_bytes = 134217728
 #buffer_bytes = 262144
+#pinned_bytes_max = 67108864
 #message_pool_bytes = 67108864
 # Requests one channel may have in flight.
 #credits = 64
