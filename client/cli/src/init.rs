@@ -179,8 +179,9 @@ const DATAPLANE_TUNING: &str = "
 # Bytes of bulk buffers in all, of one, and of all message buffers. On RDMA devices they are pinned.
 #pool_bytes = 134217728
 #buffer_bytes = 262144
-#pinned_bytes_max = 67108864
 #message_pool_bytes = 67108864
+# Bytes of hot files that may be pinned beside them, for long reads over verbs without a copy; 0: none.
+#pinned_bytes_max = 67108864
 # Requests one channel may have in flight.
 #credits = 64
 # Rounds without work before a worker sleeps; 0 sleeps at once.
