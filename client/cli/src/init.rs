@@ -283,6 +283,13 @@ enabled = \"auto\"
 port = {port}
 # Where to listen; empty: every IPv4 address of every RDMA device.
 addresses = []
+
+[local]
+# Data channels over a Unix socket, for clients on this host. Those of other users must be able to reach its directory.
+#enabled = true
+#listen = \"state/local.sock\"
+# Who may connect, as permissions of the socket; each proves a resume key all the same.
+#mode = \"0666\"
 {DATAPLANE_TUNING}",
         quoted(&SocketAddr::new(address, port).to_string())
     )
@@ -301,7 +308,8 @@ fn client_toml(args: &Init) -> String {
 server = {}
 # The name that the server's certificate must carry.
 server_name = \"localhost\"
-# How data channels are carried: \"auto\" (RDMA where both sides have it, else TCP), \"verbs\" or \"tcp\".
+# How data channels are carried: \"auto\" (a Unix socket on the server's own host, else RDMA where both sides have it, else
+# TCP), \"local\", \"verbs\" or \"tcp\".
 transport = \"auto\"
 # Longest wait for a connection, and for the answer to a request, milliseconds.
 connect_ms_max = 5000

@@ -26,6 +26,7 @@ macro_rules! suite {
     ($($module:ident::$tests:tt;)*) => {
         mod memory { $(suite!(@tests Memory $module $tests);)* }
         mod tcp { $(suite!(@tests Tcp $module $tests);)* suite!(@listening Tcp); }
+        mod local { $(suite!(@tests Local $module $tests);)* suite!(@listening Local); }
         mod verbs { $(suite!(@tests Verbs $module $tests);)* suite!(@listening Verbs); }
     };
     (@listening $fabric:ident) => {
