@@ -308,7 +308,7 @@ impl Conn {
     }
 
     fn complete(&mut self, cx: &mut Cx, completion: Completion) {
-        let Completion { token, kind, buffer, outcome } = completion;
+        let Completion { token, kind, buffer, outcome, .. } = completion;
         if kind != Kind::Recv {
             self.ops = self.ops.saturating_sub(1);
             self.completed += 1;

@@ -59,7 +59,7 @@ fn channel(stream: UnixStream, setup: Setup, is_client: bool) -> io::Result<Stre
     let (local, peer) = (end(&stream.local_addr()?), end(&stream.peer_addr()?));
     let (client, server) = if is_client { (local, peer) } else { (peer, local) };
     let identity = ChannelIdentity { transport: TransportKind::Local, client, server };
-    StreamChannel::new(stream.into(), PEER, identity, setup)
+    StreamChannel::new(stream.into(), PEER, identity, setup, is_client)
 }
 
 /// A socket's name as the transcript has it.

@@ -12,6 +12,8 @@ use crate::channel::{
 };
 use crate::region_table::{RegionTable, TableRegistrar};
 use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::wire::service::TransportKind;
+use holdfast_verbs::memory::Buffer;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{Shutdown, shutdown};
 use std::collections::VecDeque;
@@ -38,12 +40,13 @@ pub struct StreamChannel {
 }
 
 impl StreamChannel {
-    /// Over a connected socket that does not block.
+    /// Over a connected socket that does not block. `takes_descriptors`: a message of the peer may bring one.
     pub(crate) fn new(
         socket: OwnedFd,
         peer: SocketAddr,
         identity: ChannelIdentity,
         setup: Setup,
+        takes_descriptors: bool,
     ) -> io::Result<Self> {
         let capabilities = Capabilities {
             message_bytes_max: LENGTH_MAX,
@@ -54,7 +57,7 @@ impl StreamChannel {
         };
         let mut admission = Admission::new(&setup, capabilities)?;
         let (operations, receives) = (admission.operations_reserve(), admission.receives_reserve());
-        let mut receive = Receive::with_capacity(receives);
+        let mut receive = Receive::new(receives, takes_descriptors);
         for (token, buffer) in setup.receives {
             admission.enter(Kind::Recv);
             receive.post(token, buffer);
@@ -206,13 +209,13 @@ impl Channel for StreamChannel {
         self.admission.enter(kind);
         match operation {
             Operation::Send { buffer, length } => {
-                self.transmit.add_message(Owned { token, kind, buffer, length });
+                self.transmit.add_message(Owned { token, kind, buffer, length }, None);
             }
             Operation::Recv { buffer } => self.receive.post(token, buffer),
             Operation::Place { buffer, remote } | Operation::Fetch { buffer, remote }
                 if remote.length() == 0 =>
             {
-                self.ready.push_back(Completion { token, kind, buffer, outcome: Ok(0) });
+                self.ready.push_back(Completion::new(token, kind, buffer, Ok(0)));
             }
             Operation::Place { buffer, remote } => {
                 let length = remote.length() as usize;
@@ -221,6 +224,32 @@ impl Channel for StreamChannel {
             Operation::Fetch { buffer, remote } => self.fetches.submit(token, buffer, remote),
         }
         Ok(())
+    }
+
+    fn send_descriptor(
+        &mut self,
+        token: u64,
+        buffer: Buffer,
+        length: usize,
+        descriptor: OwnedFd,
+    ) -> Result<(), Rejected> {
+        let operation = Operation::Send { buffer, length };
+        let admitted = match self.end {
+            Some(_) => Err(SubmitError::Closed),
+            None if self.identity.transport != TransportKind::Local => Err(SubmitError::Invalid),
+            None => self.admission.check(&operation),
+        };
+        match (admitted, operation) {
+            (Ok(()), Operation::Send { buffer, length }) => {
+                let kind = Kind::Send;
+                self.admission.enter(kind);
+                self.transmit.add_message(Owned { token, kind, buffer, length }, Some(descriptor));
+                Ok(())
+            }
+            (admitted, operation) => {
+                Err(Rejected { error: admitted.err().unwrap_or(SubmitError::Invalid), operation })
+            }
+        }
     }
 
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {

@@ -47,5 +47,5 @@ fn channel(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<Strea
         client: ChannelIdentity::tcp_end(client),
         server: ChannelIdentity::tcp_end(server),
     };
-    StreamChannel::new(stream.into(), peer, identity, setup)
+    StreamChannel::new(stream.into(), peer, identity, setup, false)
 }

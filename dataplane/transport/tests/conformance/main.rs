@@ -9,6 +9,7 @@
     clippy::cast_possible_wrap
 )]
 
+mod descriptors;
 mod fabrics;
 mod hostile;
 mod kit;
