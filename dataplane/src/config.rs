@@ -404,7 +404,8 @@ mod tests {
     fn paths_are_relative_to_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("dataplane.toml");
-        std::fs::write(&file, "link = 'state/l.sock'\n[verbs]\nenabled = 'off'\n[local]\nmode = '0660'").unwrap();
+        std::fs::write(&file, "link = 'state/l.sock'\n[verbs]\nenabled = 'off'\n[local]\nmode = '0660'")
+            .unwrap();
         let config = Config::load(&file).unwrap();
         assert_eq!(config.link.0, directory.path().join("state/l.sock"));
         assert_eq!(config.verbs.enabled, Enabled::Off);

@@ -71,13 +71,19 @@ impl Listeners {
                 );
             }
         }
-        anyhow::ensure!(!all.waiting.is_empty(), "there is nowhere to listen: neither tcp nor verbs nor local");
+        anyhow::ensure!(
+            !all.waiting.is_empty(),
+            "there is nowhere to listen: neither tcp nor verbs nor local"
+        );
         Ok(all)
     }
 
     fn bind_local(&mut self, config: &LocalConfig) -> anyhow::Result<()> {
         let path = std::path::absolute(&config.listen)?;
-        anyhow::ensure!(path.to_str().is_some(), "its path is not UTF-8, and clients could not be told of it");
+        anyhow::ensure!(
+            path.to_str().is_some(),
+            "its path is not UTF-8, and clients could not be told of it"
+        );
         let listener = local::LocalListener::bind(&path, config.mode.0)?;
         self.boot_id = Some(std::fs::read_to_string(BOOT_ID).context("no boot id")?.trim().to_owned());
         self.local = Some(path);

@@ -247,6 +247,11 @@ mac_policy = {}
 #hold_max_ms = 86400000
 # \"mandatory\": byte-range locks restrict every read and write; \"advisory\": they exclude only each other.
 #locks = \"mandatory\"
+# Nobody changes the volume through this server: every grant is for reading.
+#immutable = false
+# Clients on this host are given the descriptors of opens for reading, and read past the server. What they have can't be
+# taken back by locks, shares or fences: for hosts whose users you trust. Unless it is set, an immutable volume does so.
+#local_descriptors = false
 
 # Who may use the volume. The principal is the client certificate's SAN (or its CN); access is \"read\" or \"read-write\".
 [[volume.grant]]

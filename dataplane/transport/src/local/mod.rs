@@ -17,7 +17,9 @@ use crate::stream::StreamChannel;
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::wire::service::TransportKind;
 use rustix::net::sockopt::{Timeout, set_socket_send_buffer_size, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect as reach, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect as reach, socket_with,
+};
 use std::fmt::Write as _;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -44,7 +46,9 @@ pub fn connect(path: &Path, timeout: Duration, setup: Setup) -> io::Result<Strea
     // A connect that finds the queue full waits for so long, as a send would.
     set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
     reach(&socket, &address).map_err(|error| match error {
-        rustix::io::Errno::NOENT => io::Error::new(io::ErrorKind::ConnectionRefused, "there is no such socket"),
+        rustix::io::Errno::NOENT => {
+            io::Error::new(io::ErrorKind::ConnectionRefused, "there is no such socket")
+        }
         rustix::io::Errno::AGAIN => io::Error::new(io::ErrorKind::TimedOut, "nobody takes the connection"),
         error => error.into(),
     })?;
@@ -84,5 +88,8 @@ fn random_name() -> io::Result<String> {
 }
 
 fn invalid_path() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, "a path of more than 107 bytes does not fit a socket's address")
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "a path of more than 107 bytes does not fit a socket's address",
+    )
 }

@@ -175,8 +175,11 @@ mod tests {
     fn whatever_is_accepted_encodes_to_the_same_bytes() {
         // Every single-byte change of valid headers, and a walk through pseudo-random ones.
         let remote = RegionDescriptor::new(1, 2, 3);
-        let seeds =
-            [Frame::Message { length: 0, descriptor: false }, Frame::Place { remote, tag: 1 }, Frame::Fetch { remote, tag: 1 }];
+        let seeds = [
+            Frame::Message { length: 0, descriptor: false },
+            Frame::Place { remote, tag: 1 },
+            Frame::Fetch { remote, tag: 1 },
+        ];
         let mut accepted = 0;
         for seed in seeds {
             for index in 0..HEADER_BYTES {
@@ -196,6 +199,8 @@ mod tests {
             bytes[0] = kind;
             assert!(Frame::decode(&bytes).is_err());
         }
-        assert!(Frame::decode(&Frame::Message { length: (1 << 30) + 1, descriptor: false }.encode()).is_err());
+        assert!(
+            Frame::decode(&Frame::Message { length: (1 << 30) + 1, descriptor: false }.encode()).is_err()
+        );
     }
 }

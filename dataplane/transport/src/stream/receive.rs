@@ -331,8 +331,7 @@ impl Receive {
 
     /// Completes every Recv, and a Fetch whose data was coming, as flushed.
     pub(super) fn flush(&mut self, ready: &mut VecDeque<Completion>) {
-        let recv =
-            |token, buffer| Completion::new(token, Kind::Recv, buffer, Err(OperationError::Flushed));
+        let recv = |token, buffer| Completion::new(token, Kind::Recv, buffer, Err(OperationError::Flushed));
         match std::mem::replace(&mut self.state, State::Header) {
             State::Header | State::Unplaced { .. } | State::Place { .. } => {}
             State::Message { token, buffer, .. } => ready.push_back(recv(token, buffer)),

@@ -189,10 +189,13 @@ impl Transmit {
             given += frame.left();
         }
         let segments = &segments[..used];
-        Ok((given, match descriptor {
-            Some(descriptor) => send_segments_and_descriptor(socket, segments, descriptor.as_fd()),
-            None => send_segments(socket, segments),
-        }))
+        Ok((
+            given,
+            match descriptor {
+                Some(descriptor) => send_segments_and_descriptor(socket, segments, descriptor.as_fd()),
+                None => send_segments(socket, segments),
+            },
+        ))
     }
 
     /// Counts bytes as sent; operations whose last byte is among them are done.

@@ -318,7 +318,11 @@ impl Channel for VerbsChannel {
                         if let Err((error, local)) = self.connection.post_receive(token, local) {
                             self.failed(&error);
                             let outcome = Err(OperationError::Flushed);
-                            self.ready.extend(local.into_buffer().map(|buffer| Completion::new(token, kind, buffer, outcome)));
+                            self.ready.extend(
+                                local
+                                    .into_buffer()
+                                    .map(|buffer| Completion::new(token, kind, buffer, outcome)),
+                            );
                         }
                     }
                     Err(error) => self.failed(&error),
