@@ -12,7 +12,7 @@ use crate::channel::home::Home;
 use crate::channel::request::{Bounce, Fetched, Purpose, Request, Source};
 use crate::channel::{DataChannel, InFlight, Reply, Shared};
 use crate::claim::Claim;
-use crate::direct::Now;
+use crate::direct::{DirectFile, Now};
 use crate::error::{Error, Result};
 use crate::open::Open;
 use crate::recovery::Patience;
@@ -89,6 +89,13 @@ impl Drop for Inner {
 impl Inner {
     pub(crate) fn is_unbound(&self) -> bool {
         self.unbound.load(Ordering::Acquire)
+    }
+
+    /// The file itself, if the server gave it and nothing has come between since.
+    fn direct<'a>(&self, seat: &'a Seat) -> Option<&'a DirectFile> {
+        let file = seat.core.direct()?;
+        let over = self.is_unbound() || self.open.as_ref().is_some_and(|open| open.inner.is_closed());
+        (!over).then_some(file)
     }
 
     /// The handle, if the binding is of use.
@@ -321,7 +328,7 @@ impl Binding {
             let max = seat.piece_max();
             return Err(Error::Usage(format!("{length} bytes are more than one request moves ({max})")));
         }
-        if let (false, Some(file)) = (write, seat.core.direct()) {
+        if let (false, Some(file)) = (write, inner.direct(&seat)) {
             match file.read_now(region, range.clone(), file_offset) {
                 Now::Done(count) => return Ok(InFlight::done(count)),
                 Now::Rest(done) => {
@@ -362,7 +369,7 @@ impl Binding {
     /// The shortest way: all of a range that is in the page cache, read from the file itself. Anything unusual is not for it.
     fn read_cached(&self, region: &Region, range: &Range<usize>, file_offset: u64) -> Option<usize> {
         let seat = self.inner.seat.load();
-        let file = seat.core.direct()?;
+        let file = self.inner.direct(&seat)?;
         self.inner.open.as_ref().map_or(Ok(0), |open| open.inner.gate.check()).ok()?;
         let length = region.check(range).ok()?;
         ByteRange::new(file_offset, length as u64).ok()?;
