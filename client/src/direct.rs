@@ -28,6 +28,9 @@ use tokio::task::JoinHandle;
 /// What `statfs` says of file systems whose files are memory and nothing else.
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
 
+/// More than this is read on a thread of its own, whether it is in the page cache or not: copying it takes long.
+const NOW_BYTES_MAX: usize = 1 << 20;
+
 /// A descriptor of the open.
 pub(crate) struct DirectFile {
     descriptor: Arc<OwnedFd>,
@@ -53,8 +56,11 @@ impl DirectFile {
         Self { descriptor: Arc::new(descriptor), in_memory, says: AtomicBool::new(true) }
     }
 
-    /// Reads from `offset` on into `range`, as far as that needs no waiting.
+    /// Reads from `offset` on into `range`, as far as that needs no waiting and is soon done.
     pub(crate) fn read_now(&self, region: &Region, range: Range<usize>, offset: u64) -> Now {
+        if range.len() > NOW_BYTES_MAX {
+            return Now::Rest(0);
+        }
         let mut done = 0;
         loop {
             let (rest, at) = (range.start + done..range.end, offset + done as u64);
