@@ -14,7 +14,7 @@
 //!
 //! [local]
 //! enabled = true                  # a Unix socket for clients on this host
-//! listen = "state/local.sock"     # at most 107 bytes with its directory
+//! listen = "state/local.sock"     # default: beside the link socket; at most 107 bytes with its directory
 //! mode = "0666"                   # who may connect; each proves a resume key all the same
 //!
 //! [engine]                        # see [`EngineConfig`]
@@ -110,15 +110,16 @@ impl Default for TcpConfig {
 pub struct LocalConfig {
     /// Listen at all. Default true. Without the socket the process serves by its other transports, and says so.
     pub enabled: bool,
-    /// The socket. Default `state/local.sock`. Clients of other users must be able to reach its directory.
-    pub listen: PathBuf,
+    /// The socket. Default: `local.sock` beside control's link socket. Clients of other users must be able to reach its
+    /// directory.
+    pub listen: Option<PathBuf>,
     /// Its permissions, octal. Default `0666`: whoever connects has still to prove a resume key.
     pub mode: Mode,
 }
 
 impl Default for LocalConfig {
     fn default() -> Self {
-        Self { enabled: true, listen: PathBuf::from("state/local.sock"), mode: Mode(0o666) }
+        Self { enabled: true, listen: None, mode: Mode(0o666) }
     }
 }
 
@@ -315,10 +316,15 @@ impl Config {
             .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
         if let Some(directory) = path.parent() {
             config.link.0 = directory.join(&config.link.0);
-            config.local.listen = directory.join(&config.local.listen);
+            config.local.listen = config.local.listen.map(|path| directory.join(path));
         }
         config.check()?;
         Ok(config)
+    }
+
+    /// Where clients on this host connect, if `local` is enabled.
+    pub fn local_socket(&self) -> PathBuf {
+        self.local.listen.clone().unwrap_or_else(|| self.link.0.with_file_name("local.sock"))
     }
 
     /// Checks every value against what works.
@@ -409,7 +415,7 @@ mod tests {
         let config = Config::load(&file).unwrap();
         assert_eq!(config.link.0, directory.path().join("state/l.sock"));
         assert_eq!(config.verbs.enabled, Enabled::Off);
-        assert_eq!(config.local.listen, directory.path().join("state/local.sock"));
+        assert_eq!(config.local_socket(), directory.path().join("state/local.sock"));
         assert_eq!(config.local.mode, Mode(0o660));
     }
 }

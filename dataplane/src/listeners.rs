@@ -1,6 +1,6 @@
 //! The listeners: one thread each, that admits peers and hands their channels to the engine.
 
-use crate::config::{Config, Enabled, LocalConfig, advertised};
+use crate::config::{Config, Enabled, advertised};
 use crate::engine::Engine;
 use anyhow::Context;
 use holdfast_shared::wire::service::{Endpoint, TransportKind};
@@ -63,9 +63,9 @@ impl Listeners {
         }
         // Last: by now the port shows that no other data plane runs with this configuration.
         if config.local.enabled {
-            if let Err(error) = all.bind_local(&config.local) {
+            if let Err(error) = all.bind_local(config) {
                 tracing::warn!(
-                    socket = %config.local.listen.display(),
+                    socket = %config.local_socket().display(),
                     reason = format!("{error:#}"),
                     "no local data channels: clients on this host use the other transports"
                 );
@@ -78,13 +78,13 @@ impl Listeners {
         Ok(all)
     }
 
-    fn bind_local(&mut self, config: &LocalConfig) -> anyhow::Result<()> {
-        let path = std::path::absolute(&config.listen)?;
+    fn bind_local(&mut self, config: &Config) -> anyhow::Result<()> {
+        let path = std::path::absolute(config.local_socket())?;
         anyhow::ensure!(
             path.to_str().is_some(),
             "its path is not UTF-8, and clients could not be told of it"
         );
-        let listener = local::LocalListener::bind(&path, config.mode.0)?;
+        let listener = local::LocalListener::bind(&path, config.local.mode.0)?;
         self.boot_id = Some(std::fs::read_to_string(BOOT_ID).context("no boot id")?.trim().to_owned());
         self.local = Some(path);
         self.waiting.push(Box::new(listener));

@@ -291,6 +291,7 @@ addresses = []
 
 [local]
 # Data channels over a Unix socket, for clients on this host. Those of other users must be able to reach its directory.
+# Default: local.sock beside the link socket.
 #enabled = true
 #listen = \"state/local.sock\"
 # Who may connect, as permissions of the socket; each proves a resume key all the same.
