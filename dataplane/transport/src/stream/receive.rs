@@ -133,8 +133,8 @@ impl Receive {
                     total += count;
                     self.socket = if count < room { Socket::Short } else { Socket::Unknown };
                     let digested = self.digest(context);
-                    // What no message claimed is closed.
-                    self.arrived = None;
+                    // What no message claimed is closed; while one waits for its Recv there may be headers behind it.
+                    self.arrived.take_if(|_| !matches!(self.state, State::Unplaced { .. }));
                     digested?;
                     if count < room {
                         break;
