@@ -1,5 +1,5 @@
 //! Reads and writes through the client library against a real server: both planes are processes of their own. 4 KiB and
-//! 1 MiB, one and eight requests in flight, over tcp and verbs. The file is in the page cache.
+//! 1 MiB, one and eight requests in flight, over tcp, local and verbs. The file is in the page cache.
 //!
 //! Writes of 4 KiB travel inside their request; those of 1 MiB are fetched by the server. Over verbs the file is read one-sided
 //! too, out of a mapping of all of it.
@@ -41,6 +41,7 @@ fn main() {
     let mut criterion = common::short();
     let server = Server::start();
     endtoend(&mut criterion, &server, "tcp", Transport::Tcp);
+    endtoend(&mut criterion, &server, "local", Transport::Local);
     if common::rdma_address().is_some() {
         endtoend(&mut criterion, &server, "verbs", Transport::Verbs);
     } else {

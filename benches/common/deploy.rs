@@ -4,7 +4,7 @@
 //! ```text
 //!   this process                                  holdfast serve
 //!   Client (one thread) ── TLS ──────────────────► holdfast-control ──┐ opens
-//!      region ◄─ place / fetch, tcp or verbs ────► holdfast-dataplane ◄┘ descriptor ─► D/data/bench, in the page cache
+//!      region ◄─ place / fetch ──────────────────► holdfast-dataplane ◄┘ descriptor ─► D/data/bench, in the page cache
 //! ```
 
 use holdfast_client::{
@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 pub const FILE_BYTES: usize = 64 << 20;
 
 /// Where the server keeps its files: $HOLDFAST_BENCH_DIR, else a tmpfs, so that no disk is measured.
-fn parent() -> PathBuf {
+pub fn parent() -> PathBuf {
     match std::env::var_os("HOLDFAST_BENCH_DIR") {
         Some(dir) => dir.into(),
         None if Path::new("/dev/shm").is_dir() => "/dev/shm".into(),

@@ -12,12 +12,13 @@
 
 use crate::channel::Shared;
 use crate::channel::request::{Done, Purpose, Request};
+use crate::direct::DirectFile;
 use crate::error::{Ended, Error, Result};
 use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, HandleId, Status, VolumeId};
 use holdfast_shared::wire::data;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::OwnedSemaphorePermit;
 
 /// What a bind needs to know of the open.
@@ -56,6 +57,10 @@ pub(crate) struct BindingCore {
     fenced: AtomicU16,
     /// Its channel ended while a write had no answer: that may still be carried out.
     write_unanswered: AtomicBool,
+    /// Its channel has ended.
+    ended: AtomicBool,
+    /// The file itself, if the server gave it; see [`crate::direct`].
+    pub(crate) file: OnceLock<DirectFile>,
 }
 
 impl BindingCore {
@@ -73,6 +78,18 @@ impl BindingCore {
     /// True if there is such a write.
     pub(crate) fn has_unanswered_write(&self) -> bool {
         self.write_unanswered.load(Ordering::Acquire)
+    }
+
+    /// Notes that the channel has ended.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// The file itself, if the server gave it and the binding is of use.
+    pub(crate) fn direct(&self) -> Option<&DirectFile> {
+        let file = self.file.get()?;
+        let live = !self.ended.load(Ordering::Acquire) && self.fenced().is_none();
+        live.then_some(file)
     }
 
     /// Why it was fenced, if it was.
@@ -114,7 +131,9 @@ pub(crate) async fn bind(channel: &Arc<Shared>, request: &BindRequest<'_>) -> Re
     let request = Request::Bind { body: &body, resume_key: request.resume_key };
     match channel.submit(None, request, Purpose::Bind(Box::new(wait))).await?.outcome().await? {
         Done::Bound(core) => Ok(core),
-        Done::Counted(_) | Done::Mapped(_) => Err(Error::Internal("a bind was answered as a read")),
+        Done::Counted(_) | Done::Mapped(_) | Done::Descriptor(_) => {
+            Err(Error::Internal("a bind was answered as a read"))
+        }
     }
 }
 
@@ -153,6 +172,8 @@ impl BindWait {
             payload_to_client: PayloadKey::new(&keys.to_client, policy),
             fenced: AtomicU16::new(Status::Ok.number()),
             write_unanswered: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            file: OnceLock::new(),
         })
     }
 }

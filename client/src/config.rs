@@ -9,9 +9,11 @@ use std::time::Duration;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// RDMA verbs where both sides have it, else TCP.
+    /// The server's Unix socket where the client runs on its host, else RDMA verbs where both sides have it, else TCP.
     #[default]
     Auto,
+    /// The server's Unix socket, on its host, or an error.
+    Local,
     /// RDMA verbs or an error.
     Verbs,
     /// TCP.
@@ -24,9 +26,10 @@ impl std::str::FromStr for Transport {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
             "auto" => Ok(Self::Auto),
+            "local" => Ok(Self::Local),
             "verbs" => Ok(Self::Verbs),
             "tcp" => Ok(Self::Tcp),
-            other => Err(format!("'{other}' is not a transport; choose auto, verbs or tcp")),
+            other => Err(format!("'{other}' is not a transport; choose auto, local, verbs or tcp")),
         }
     }
 }

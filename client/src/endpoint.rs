@@ -1,8 +1,9 @@
 //! Which data plane endpoint a client connects to, and why.
 //!
 //! ```text
-//!   auto:   verbs endpoints, if this host has an RDMA device ──failed: remember why──► tcp endpoints
-//!   verbs:  verbs endpoints or an error        tcp: tcp endpoints or an error
+//!   auto:   local endpoints, if this is the server's host ──failed──►
+//!           verbs endpoints, if this host has an RDMA device ──failed: remember why──► tcp endpoints
+//!   local, verbs, tcp:  endpoints of that transport or an error
 //! ```
 
 use crate::channel::{self, DataChannel, Shared};
@@ -12,8 +13,9 @@ use crate::open::Open;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::data;
 use holdfast_shared::wire::service::{Endpoint, ServiceBlob, TransportKind};
-use holdfast_transport::{Channel, tcp, verbs};
+use holdfast_transport::{Channel, local, tcp, verbs};
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,15 +61,26 @@ impl Open {
                 data::VERSION
             )));
         }
-        let mut why_not_verbs = None;
-        if transport != Transport::Tcp {
-            match self.try_all(&blob, TransportKind::Verbs).await {
-                Ok(channel) => return Ok((channel, None)),
-                Err(error) if transport == Transport::Verbs => return Err(error),
-                Err(error) => why_not_verbs = Some(error.to_string()),
-            }
+        let only = match transport {
+            Transport::Auto => None,
+            Transport::Local => Some(TransportKind::Local),
+            Transport::Verbs => Some(TransportKind::Verbs),
+            Transport::Tcp => Some(TransportKind::Tcp),
+        };
+        if let Some(kind) = only {
+            return Ok((self.try_all(&blob, kind).await?, None));
         }
-        Ok((self.try_all(&blob, TransportKind::Tcp).await?, why_not_verbs))
+        match self.try_all(&blob, TransportKind::Local).await {
+            Ok(channel) => return Ok((channel, None)),
+            // The usual case: the server is elsewhere.
+            Err(Error::Usage(why)) => tracing::debug!(why, "not local"),
+            Err(error) => tracing::info!(%error, "the server is on this host, and its socket can't be used"),
+        }
+        let why_not_verbs = match self.try_all(&blob, TransportKind::Verbs).await {
+            Ok(channel) => return Ok((channel, None)),
+            Err(error) => error.to_string(),
+        };
+        Ok((self.try_all(&blob, TransportKind::Tcp).await?, Some(why_not_verbs)))
     }
 
     /// Tries the endpoints of one transport in the server's order.
@@ -86,20 +99,24 @@ impl Open {
     }
 
     async fn try_one(&self, blob: &ServiceBlob, endpoint: &Endpoint) -> Result<Arc<Shared>> {
-        let address = self.address(endpoint)?;
+        let goal = self.goal(endpoint)?;
         let config = self.session().config();
         let (wait_max, in_flight_max) = (config.connect_max(), config.in_flight_max);
         let prepared = channel::prepare(in_flight_max)?;
         let (kind, setup, frames) = (endpoint.transport, prepared.setup, prepared.frames);
+        let name = goal.to_string();
         let connected = tokio::task::spawn_blocking(move || -> std::io::Result<Box<dyn Channel>> {
-            Ok(match kind {
-                TransportKind::Verbs => Box::new(verbs::connect(address, wait_max, setup)?),
-                _ => Box::new(tcp::connect(address, wait_max, setup)?),
+            Ok(match (goal, kind) {
+                (Goal::Path(path), _) => Box::new(local::connect(&path, wait_max, setup)?),
+                (Goal::Address(address), TransportKind::Verbs) => {
+                    Box::new(verbs::connect(address, wait_max, setup)?)
+                }
+                (Goal::Address(address), _) => Box::new(tcp::connect(address, wait_max, setup)?),
             })
         });
         let transport =
             connected.await.map_err(|_| Error::Internal("connecting panicked"))?.map_err(|e| {
-                Error::io(format!("cannot reach the data plane at {address} over {}", kind.name()), e)
+                Error::io(format!("cannot reach the data plane at {name} over {}", kind.name()), e)
             })?;
         let channel = Shared::start(transport, frames, in_flight_max, wait_max).await?;
         if channel.facts.instance != blob.instance {
@@ -109,15 +126,44 @@ impl Open {
         Ok(channel)
     }
 
-    fn address(&self, endpoint: &Endpoint) -> Result<SocketAddr> {
+    fn goal(&self, endpoint: &Endpoint) -> Result<Goal> {
+        if endpoint.transport == TransportKind::Local {
+            let ours = boot_id();
+            if ours.is_none() || ours != endpoint.boot_id {
+                return Err(Error::Usage("the server is on another host".into()));
+            }
+            let path = endpoint.address.as_deref().map(PathBuf::from).filter(|path| path.is_absolute());
+            let path = path.ok_or_else(|| Error::Misbehaved("a local endpoint without a path".into()))?;
+            return Ok(Goal::Path(path));
+        }
         let ip = match &endpoint.address {
             None => self.session().server().ip(),
             Some(text) => text
                 .parse::<IpAddr>()
                 .map_err(|_| Error::Misbehaved(format!("'{text}' in the service blob is not an address")))?,
         };
-        Ok(SocketAddr::new(ip, endpoint.port))
+        Ok(Goal::Address(SocketAddr::new(ip, endpoint.port)))
     }
+}
+
+/// What to connect to.
+enum Goal {
+    Address(SocketAddr),
+    Path(PathBuf),
+}
+
+impl std::fmt::Display for Goal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Path(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// Which run of which kernel this is; `None` where that can't be read.
+fn boot_id() -> Option<String> {
+    Some(std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned())
 }
 
 /// An error that says why this host cannot use verbs, if it cannot.

@@ -16,6 +16,7 @@ mod binding;
 mod channel;
 mod claim;
 mod config;
+mod direct;
 mod endpoint;
 mod error;
 mod mapping;

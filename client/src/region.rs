@@ -77,6 +77,16 @@ impl Region {
         self.inner.memory.read_file(file, file_offset, range)
     }
 
+    /// As [`Region::read_file`], and never waits for the disk.
+    pub(crate) fn read_file_nowait(
+        &self,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+        range: Range<usize>,
+    ) -> std::io::Result<memory::Nowait> {
+        self.inner.memory.read_file_nowait(file, file_offset, range)
+    }
+
     /// Writes `range` straight to a local file, as `pwrite`: blocks, and may write less.
     ///
     /// # Errors

@@ -292,7 +292,7 @@ impl Peer {
 
 /// Says where a data plane is.
 pub(crate) fn blob(port: u16, instance: u8) -> Vec<u8> {
-    let tcp = Endpoint { transport: TransportKind::Tcp, address: None, port };
+    let tcp = Endpoint { transport: TransportKind::Tcp, address: None, port, boot_id: None };
     let blob = ServiceBlob {
         instance: [instance; 16],
         boot_ms: 0,

@@ -8,7 +8,7 @@
 
 use crate::accept::{self, Front};
 use crate::boot::{self, Found, Plan, Sources};
-use crate::config::{Config, Volume as VolumeConfig};
+use crate::config::{Config, Grant as VolumeGrant, Volume as VolumeConfig};
 use crate::driver::{Driver, Event, Hands, Recovered};
 use crate::gauges::Gauges;
 use crate::notify::Store;
@@ -16,7 +16,7 @@ use crate::secrets::StateDir;
 use crate::volume::Volume;
 use crate::{admin, link, tls};
 use anyhow::Context;
-use holdfast_shared::state::VolumeRules;
+use holdfast_shared::state::{Right, VolumeRules};
 use holdfast_shared::types::{ClusterId, VolumeId};
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -264,7 +264,8 @@ fn rules_of(volume: &VolumeConfig, cluster: ClusterId) -> anyhow::Result<VolumeR
         id.copy_from_slice(&context.finish().as_ref()[..16]);
         id
     });
-    let grants = volume.grants.iter().map(|grant| (grant.principal.clone(), grant.access.into()));
+    let right = |grant: &VolumeGrant| if volume.immutable { Right::Read } else { grant.access.into() };
+    let grants = volume.grants.iter().map(|grant| (grant.principal.clone(), right(grant)));
     Ok(VolumeRules {
         id: VolumeId(id),
         name: volume.name.clone(),
@@ -273,5 +274,6 @@ fn rules_of(volume: &VolumeConfig, cluster: ClusterId) -> anyhow::Result<VolumeR
         lock_mode: volume.locks.into(),
         hold_default_ms: volume.hold_ms,
         hold_max_ms: volume.hold_max_ms,
+        local_descriptors: volume.gives_descriptors(),
     })
 }

@@ -12,6 +12,11 @@
 //! port = 7701
 //! addresses = []                  # empty: every IPv4 GID of every RDMA device
 //!
+//! [local]
+//! enabled = true                  # a Unix socket for clients on this host
+//! listen = "state/local.sock"     # default: beside the link socket; at most 107 bytes with its directory
+//! mode = "0666"                   # who may connect; each proves a resume key all the same
+//!
 //! [engine]                        # see [`EngineConfig`]
 //! [limits]                        # see [`Limits`]
 //!
@@ -62,6 +67,8 @@ pub struct Config {
     pub tcp: TcpConfig,
     /// The verbs listeners.
     pub verbs: VerbsConfig,
+    /// The listener for clients on this host.
+    pub local: LocalConfig,
     /// Threads and memory.
     pub engine: EngineConfig,
     /// What one peer, and all peers, may use.
@@ -94,6 +101,39 @@ pub struct TcpConfig {
 impl Default for TcpConfig {
     fn default() -> Self {
         Self { enabled: true, listen: SocketAddr::from(([127, 0, 0, 1], 7701)) }
+    }
+}
+
+/// `[local]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LocalConfig {
+    /// Listen at all. Default true. Without the socket the process serves by its other transports, and says so.
+    pub enabled: bool,
+    /// The socket. Default: `local.sock` beside control's link socket. Clients of other users must be able to reach its
+    /// directory.
+    pub listen: Option<PathBuf>,
+    /// Its permissions, octal. Default `0666`: whoever connects has still to prove a resume key.
+    pub mode: Mode,
+}
+
+impl Default for LocalConfig {
+    fn default() -> Self {
+        Self { enabled: true, listen: None, mode: Mode(0o666) }
+    }
+}
+
+/// Permission bits, written in octal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Mode(pub u32);
+
+impl TryFrom<String> for Mode {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let mode = u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o777);
+        mode.map(Self).ok_or("permissions are octal, such as \"0660\"")
     }
 }
 
@@ -276,9 +316,15 @@ impl Config {
             .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
         if let Some(directory) = path.parent() {
             config.link.0 = directory.join(&config.link.0);
+            config.local.listen = config.local.listen.map(|path| directory.join(path));
         }
         config.check()?;
         Ok(config)
+    }
+
+    /// Where clients on this host connect, if `local` is enabled.
+    pub fn local_socket(&self) -> PathBuf {
+        self.local.listen.clone().unwrap_or_else(|| self.link.0.with_file_name("local.sock"))
     }
 
     /// Checks every value against what works.
@@ -351,6 +397,7 @@ mod tests {
     fn unknown_fields_and_bad_values_are_refused() {
         assert!(toml::from_str::<Config>("[tcp]\nlisen = '127.0.0.1:1'").is_err());
         assert!(toml::from_str::<Config>("[limits]\nchannels = 1").is_err());
+        assert!(toml::from_str::<Config>("[local]\nmode = '0888'").is_err());
         let config: Config = toml::from_str("[engine]\nbuffer_bytes = 5000").unwrap();
         assert!(config.check().unwrap_err().to_string().contains("buffer_bytes"));
         let config: Config = toml::from_str("[engine]\nworkers = 4\npool_bytes = 262144").unwrap();
@@ -363,9 +410,12 @@ mod tests {
     fn paths_are_relative_to_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("dataplane.toml");
-        std::fs::write(&file, "link = 'state/l.sock'\n[verbs]\nenabled = 'off'").unwrap();
+        std::fs::write(&file, "link = 'state/l.sock'\n[verbs]\nenabled = 'off'\n[local]\nmode = '0660'")
+            .unwrap();
         let config = Config::load(&file).unwrap();
         assert_eq!(config.link.0, directory.path().join("state/l.sock"));
         assert_eq!(config.verbs.enabled, Enabled::Off);
+        assert_eq!(config.local_socket(), directory.path().join("state/local.sock"));
+        assert_eq!(config.local.mode, Mode(0o660));
     }
 }

@@ -5,6 +5,7 @@
 //! | `channels`, `half_open_channels` | channels; those of them that never had a binding |
 //! | `bindings` | live bindings, those being fenced included |
 //! | `requests_bind_total` … `requests_map_total` | frames taken, by opcode |
+//! | `descriptors_given_total` | descriptors of opens handed to clients on this host |
 //! | `mappings`, `mapping_bytes` | ranges exposed for one-sided reads, those being made and withdrawn included; bytes they pin |
 //! | `pinned_file_bytes` | of files that are read again and again, for long reads without a copy; those being pinned and unpinned included |
 //! | `reads_pinned_total` | reads that were placed from them |
@@ -64,6 +65,7 @@ pub struct Gauges {
     pub requests_write_total: Count,
     pub requests_flush_total: Count,
     pub requests_map_total: Count,
+    pub descriptors_given_total: Count,
     pub mappings: Count,
     pub mapping_bytes: Count,
     pub pinned_file_bytes: Count,
@@ -95,7 +97,7 @@ impl Gauges {
 
     /// Everything, by name.
     pub fn collect(&self) -> Vec<Gauge> {
-        let mut all = Vec::with_capacity(45);
+        let mut all = Vec::with_capacity(46);
         let mut put = |name: &str, value: u64| all.push(Gauge { name: name.to_owned(), value });
         put("channels", self.channels.read());
         put("half_open_channels", self.half_open_channels.read());
@@ -106,6 +108,7 @@ impl Gauges {
         put("requests_write_total", self.requests_write_total.read());
         put("requests_flush_total", self.requests_flush_total.read());
         put("requests_map_total", self.requests_map_total.read());
+        put("descriptors_given_total", self.descriptors_given_total.read());
         put("mappings", self.mappings.read());
         put("mapping_bytes", self.mapping_bytes.read());
         put("pinned_file_bytes", self.pinned_file_bytes.read());

@@ -5,12 +5,16 @@ use crate::engine::Engine;
 use anyhow::Context;
 use holdfast_shared::wire::service::{Endpoint, TransportKind};
 use holdfast_transport::verbs::Lanes;
-use holdfast_transport::{Listener, tcp, verbs};
+use holdfast_transport::{Listener, local, tcp, verbs};
 use holdfast_verbs::memory::Pool;
 use holdfast_verbs::{Device, FileRegistration};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+
+/// Where the kernel says which run of it this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A thread that accepts, and what ends it.
 struct Acceptor {
@@ -25,6 +29,10 @@ pub struct Listeners {
     pub verbs: Vec<SocketAddr>,
     /// Where tcp listens.
     pub tcp: Option<SocketAddr>,
+    /// The socket for clients on this host, absolute.
+    pub local: Option<PathBuf>,
+    /// This run of the kernel, if there is a local socket.
+    boot_id: Option<String>,
     waiting: Vec<Box<dyn Listener>>,
     running: Vec<Acceptor>,
 }
@@ -53,8 +61,34 @@ impl Listeners {
             all.tcp = Some(listener.address());
             all.waiting.push(Box::new(listener));
         }
-        anyhow::ensure!(!all.waiting.is_empty(), "there is nowhere to listen: neither tcp nor verbs");
+        // Last: by now the port shows that no other data plane runs with this configuration.
+        if config.local.enabled {
+            if let Err(error) = all.bind_local(config) {
+                tracing::warn!(
+                    socket = %config.local_socket().display(),
+                    reason = format!("{error:#}"),
+                    "no local data channels: clients on this host use the other transports"
+                );
+            }
+        }
+        anyhow::ensure!(
+            !all.waiting.is_empty(),
+            "there is nowhere to listen: neither tcp nor verbs nor local"
+        );
         Ok(all)
+    }
+
+    fn bind_local(&mut self, config: &Config) -> anyhow::Result<()> {
+        let path = std::path::absolute(config.local_socket())?;
+        anyhow::ensure!(
+            path.to_str().is_some(),
+            "its path is not UTF-8, and clients could not be told of it"
+        );
+        let listener = local::LocalListener::bind(&path, config.local.mode.0)?;
+        self.boot_id = Some(std::fs::read_to_string(BOOT_ID).context("no boot id")?.trim().to_owned());
+        self.local = Some(path);
+        self.waiting.push(Box::new(listener));
+        Ok(())
     }
 
     /// Without addresses of its own, one listener for all devices: so the pools are registered once for each of them.
@@ -117,9 +151,17 @@ impl Listeners {
             transport,
             address: advertised(address.ip()),
             port: address.port(),
+            boot_id: None,
         };
+        let local = self.local.iter().map(|path| Endpoint {
+            transport: TransportKind::Local,
+            address: path.to_str().map(str::to_owned),
+            port: 0,
+            boot_id: self.boot_id.clone(),
+        });
         let verbs = self.verbs.iter().map(|address| endpoint(TransportKind::Verbs, *address));
-        verbs.chain(self.tcp.map(|address| endpoint(TransportKind::Tcp, address))).collect()
+        let tcp = self.tcp.map(|address| endpoint(TransportKind::Tcp, address));
+        local.chain(verbs).chain(tcp).collect()
     }
 
     /// Starts accepting.

@@ -153,7 +153,8 @@ fn verifier() -> anyhow::Result<u64> {
 fn ready_line(listeners: &Listeners) -> String {
     let verbs: Vec<String> = listeners.verbs.iter().map(|address| format!("\"{address}\"")).collect();
     let tcp = listeners.tcp.map_or("null".to_owned(), |address| format!("\"{address}\""));
-    format!("{{\"ready\":\"dataplane\",\"tcp\":{tcp},\"verbs\":[{}]}}\n", verbs.join(","))
+    let local = serde_json::Value::from(listeners.local.as_ref().and_then(|path| path.to_str()));
+    format!("{{\"ready\":\"dataplane\",\"tcp\":{tcp},\"verbs\":[{}],\"local\":{local}}}\n", verbs.join(","))
 }
 
 fn say(line: &str) {

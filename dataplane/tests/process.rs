@@ -178,7 +178,7 @@ fn a_bad_configuration_says_what_is_wrong() {
     for (config, wanted) in [
         ("[tcp]\nlissten = 1", "lissten"),
         ("[engine]\nbuffer_bytes = 1", "buffer_bytes"),
-        ("[tcp]\nenabled = false\n[verbs]\nenabled = 'off'", "nowhere to listen"),
+        ("[tcp]\nenabled = false\n[verbs]\nenabled = 'off'\n[local]\nenabled = false", "nowhere to listen"),
     ] {
         let file = directory.path().join("dataplane.toml");
         std::fs::write(&file, config).unwrap();

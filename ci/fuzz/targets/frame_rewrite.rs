@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let written = match frame.body {
         Body::Bind(b) => w.body(b).is_ok(),
-        Body::Unbind => true,
+        Body::Unbind | Body::Descriptor => true,
         Body::Read(b) | Body::Write(b) => w.body(b).is_ok(),
         Body::Flush(b) => w.body(b).is_ok(),
         Body::Hello(b) => w.body(b).is_ok(),

@@ -2,7 +2,7 @@
 //! crate round it needs the RDMA libraries, which have no business in a fuzzer.
 #![no_main]
 
-#[path = "../../../dataplane/transport/src/tcp/framing.rs"]
+#[path = "../../../dataplane/transport/src/stream/framing.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod framing;
 

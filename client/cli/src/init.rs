@@ -249,6 +249,11 @@ mac_policy = {}
 #hold_max_ms = 86400000
 # \"mandatory\": byte-range locks restrict every read and write; \"advisory\": they exclude only each other.
 #locks = \"mandatory\"
+# Nobody changes the volume through this server: every grant is for reading.
+#immutable = false
+# Clients on this host are given the descriptors of opens for reading, and read past the server. What they have can't be
+# taken back by locks, shares or fences: for hosts whose users you trust. Unless it is set, an immutable volume does so.
+#local_descriptors = false
 
 # Who may use the volume. The principal is the client certificate's SAN (or its CN); access is \"read\" or \"read-write\".
 [[volume.grant]]
@@ -285,6 +290,14 @@ enabled = \"auto\"
 port = {port}
 # Where to listen; empty: every IPv4 address of every RDMA device.
 addresses = []
+
+[local]
+# Data channels over a Unix socket, for clients on this host. Those of other users must be able to reach its directory.
+# Default: local.sock beside the link socket.
+#enabled = true
+#listen = \"state/local.sock\"
+# Who may connect, as permissions of the socket; each proves a resume key all the same.
+#mode = \"0666\"
 {DATAPLANE_TUNING}",
         quoted(&SocketAddr::new(address, port).to_string())
     )
@@ -303,7 +316,8 @@ fn client_toml(args: &Init) -> String {
 server = {}
 # The name that the server's certificate must carry.
 server_name = \"localhost\"
-# How data channels are carried: \"auto\" (RDMA where both sides have it, else TCP), \"verbs\" or \"tcp\".
+# How data channels are carried: \"auto\" (a Unix socket on the server's own host, else RDMA where both sides have it, else
+# TCP), \"local\", \"verbs\" or \"tcp\".
 transport = \"auto\"
 # Longest wait for a connection, and for the answer to a request, milliseconds.
 connect_ms_max = 5000

@@ -6,7 +6,7 @@
 //! | `HOLDFAST_CHAOS_SEED` | repeats a run: the same faults in the same order |
 //! | `HOLDFAST_CHAOS_ROUNDS` | how many faults |
 //! | `HOLDFAST_CHAOS_MINUTES` | go on for so long instead |
-//! | `HOLDFAST_CHAOS_TRANSPORT` | `tcp` or `verbs` alone |
+//! | `HOLDFAST_CHAOS_TRANSPORT` | `tcp`, `local` or `verbs` alone |
 //!
 //! `ci/soak` runs the long form.
 

@@ -62,7 +62,7 @@ impl Bench {
     fn unharmed(&self) {
         self.runtime.block_on(async {
             for kind in transports() {
-                let transport = if kind == "verbs" { Transport::Verbs } else { Transport::Tcp };
+                let transport: Transport = kind.parse().unwrap();
                 let channel = self.open.connect(transport).await.unwrap();
                 let binding = self.open.bind(&channel).await.unwrap();
                 assert_eq!(binding.read_vec(0, 200_000).await.unwrap(), vec![7; 100_000]);

@@ -47,7 +47,7 @@ fn in_the_steady_state_nothing_is_allocated_registered_or_asked_of_control() {
     let _alone = alone();
     let server = Deployment::start();
     for kind in transports() {
-        let transport = if kind == "verbs" { Transport::Verbs } else { Transport::Tcp };
+        let transport: Transport = kind.parse().unwrap();
         runtime().block_on(async {
             let session = Session::connect(&Config::load(&server.config()).unwrap()).await.unwrap();
             let (place, options) = open_place();
@@ -117,7 +117,7 @@ fn an_idle_server_uses_no_cpu() {
     let _alone = alone();
     let server = Deployment::start();
     for kind in transports() {
-        let transport = if kind == "verbs" { Transport::Verbs } else { Transport::Tcp };
+        let transport: Transport = kind.parse().unwrap();
         let runtime = runtime();
         let held = runtime.block_on(async {
             let session = Session::connect(&Config::load(&server.config()).unwrap()).await.unwrap();

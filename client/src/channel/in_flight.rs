@@ -7,6 +7,7 @@ use super::Shared;
 use super::prompt::Look;
 use super::request::Done;
 use super::state::index;
+use crate::direct::Waiting;
 use crate::error::{Error, Result};
 use crate::recovery::reissue::Again;
 use std::future::Future;
@@ -84,6 +85,7 @@ fn counted(done: Done) -> Result<usize> {
         Done::Counted(count) => Ok(count as usize),
         Done::Bound(_) => Err(Error::Internal("a request was answered as a bind")),
         Done::Mapped(_) => Err(Error::Internal("a request was answered as a map")),
+        Done::Descriptor(_) => Err(Error::Internal("a request was answered with a descriptor")),
     }
 }
 
@@ -100,8 +102,10 @@ pub struct InFlight {
 }
 
 enum Stage {
-    /// A request for no bytes, which needs no server.
-    Nothing,
+    /// Done already, without the server: so many bytes.
+    Done(usize),
+    /// With a thread that reads the file itself.
+    Direct(Waiting),
     UnderWay(Reply),
     Again(Pin<Box<dyn Future<Output = Result<usize>> + Send>>),
 }
@@ -116,8 +120,14 @@ impl InFlight {
         Self { stage: Stage::Again(Box::pin(again.run(false))), again: None }
     }
 
-    pub(crate) fn nothing() -> Self {
-        Self { stage: Stage::Nothing, again: None }
+    /// So many bytes were moved without the server.
+    pub(crate) fn done(count: usize) -> Self {
+        Self { stage: Stage::Done(count), again: None }
+    }
+
+    /// A read of the file itself that has to wait.
+    pub(crate) fn direct(waiting: Waiting) -> Self {
+        Self { stage: Stage::Direct(waiting), again: None }
     }
 }
 
@@ -128,7 +138,8 @@ impl Future for InFlight {
         let this = &mut *self;
         loop {
             match &mut this.stage {
-                Stage::Nothing => return Poll::Ready(Ok(0)),
+                Stage::Done(count) => return Poll::Ready(Ok(*count)),
+                Stage::Direct(waiting) => return Pin::new(waiting).poll(cx),
                 Stage::Again(again) => return again.as_mut().poll(cx),
                 Stage::UnderWay(reply) => {
                     let outcome = ready!(reply.poll_done(cx)).and_then(counted);

@@ -7,6 +7,7 @@ use crate::error::Ended;
 use holdfast_shared::auth::FrameKey;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::data::{BindReply, Body, Frame, Hello, Mapped, Notice, Reply};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -17,8 +18,13 @@ fn status(number: u16) -> Checked<Status> {
 }
 
 impl State {
-    /// Takes one frame; an error ends the channel.
-    pub(super) fn receive(&mut self, bytes: &[u8], credits: &Semaphore) -> Checked {
+    /// Takes one frame, and the descriptor that came with it; an error ends the channel.
+    pub(super) fn receive(
+        &mut self,
+        bytes: &[u8],
+        descriptor: Option<OwnedFd>,
+        credits: &Semaphore,
+    ) -> Checked {
         let frame = Frame::parse(bytes).map_err(|_| Ended::Misbehaved("a frame that cannot be read"))?;
         if frame.header.sequence.get() != self.received {
             return Err(Ended::BadMac);
@@ -28,7 +34,7 @@ impl State {
             Body::Hello(hello) => self.hello(&frame, hello),
             _ if self.hello.is_none() => Err(Ended::Misbehaved("a frame before the hello")),
             Body::BindReply(reply) => self.bind_reply(&frame, reply, credits),
-            Body::Reply(reply) => self.reply(&frame, reply, credits),
+            Body::Reply(reply) => self.reply(&frame, reply, descriptor, credits),
             Body::Mapped(mapped) => self.mapped(&frame, mapped, credits),
             Body::Notice(notice) => self.notice(&frame, notice),
             _ => Err(Ended::Misbehaved("a request from the server")),
@@ -108,7 +114,13 @@ impl State {
         }
     }
 
-    fn reply(&mut self, frame: &Frame<'_>, reply: &Reply, credits: &Semaphore) -> Checked {
+    fn reply(
+        &mut self,
+        frame: &Frame<'_>,
+        reply: &Reply,
+        descriptor: Option<OwnedFd>,
+        credits: &Semaphore,
+    ) -> Checked {
         let number = frame.header.request.get();
         let status = status(reply.status.get())?;
         let binding = self.slot(number).and_then(|slot| slot.binding.clone());
@@ -154,7 +166,12 @@ impl State {
             Purpose::Flush if status == Status::Ok && reply.verifier.get() != binding.verifier => {
                 outcome = Err(Failure::WritesLost);
             }
-            Purpose::Unbind => drop(self.bindings.remove(&binding.number)),
+            Purpose::Unbind => {
+                // Also for who still has a clone of it.
+                binding.end();
+                self.bindings.remove(&binding.number);
+            }
+            Purpose::Descriptor if outcome.is_ok() => outcome = Ok(Done::Descriptor(descriptor)),
             _ => {}
         }
         if status == Status::Fenced {

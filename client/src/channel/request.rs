@@ -10,6 +10,7 @@ use holdfast_shared::wire::data::{Bind, Flags, Flush, Io, Map, Opcode, Unmap, Wr
 use holdfast_transport::Registration;
 use holdfast_transport::verbs::LaneEnd;
 use parking_lot::Mutex;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -22,6 +23,7 @@ pub(crate) enum Request<'a> {
     Flush { data_only: bool },
     Map { offset: u64, length: u64, lane: LaneEnd },
     Unmap { mapping: u32 },
+    Descriptor,
 }
 
 /// Where a write's bytes are.
@@ -41,6 +43,7 @@ pub(crate) enum Purpose {
     Flush,
     Map { length: u64 },
     Unmap,
+    Descriptor,
     Read { region: Region, start: usize, length: u32, _registration: Arc<Registration> },
     Write { length: u32, _fetched: Fetched },
 }
@@ -74,6 +77,8 @@ pub(crate) enum Done {
     Mapped(Granted),
     /// The new binding.
     Bound(Arc<BindingCore>),
+    /// The open's descriptor; `None` if this process had no room for it.
+    Descriptor(Option<OwnedFd>),
 }
 
 /// A mapping, as the server granted it: length and address are checked.
@@ -117,6 +122,7 @@ impl Request<'_> {
             Self::Flush { .. } => Opcode::Flush,
             Self::Map { .. } => Opcode::Map,
             Self::Unmap { .. } => Opcode::Unmap,
+            Self::Descriptor => Opcode::Descriptor,
         }
     }
 
@@ -139,7 +145,7 @@ impl Request<'_> {
                 w.body(*body).map_err(ours)?;
                 w.payload(resume_key.len()).map_err(ours)?.copy_from_slice(resume_key);
             }
-            Self::Unbind => {}
+            Self::Unbind | Self::Descriptor => {}
             Self::Flush { .. } => {
                 w.body(&Flush { reserved: 0.into() }).map_err(ours)?;
             }

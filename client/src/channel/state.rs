@@ -194,7 +194,8 @@ impl State {
                 let buffer = completion.buffer;
                 // Why a receive failed, the channel itself says.
                 let Ok(length) = completion.outcome else { return };
-                if let Err(why) = self.receive(&buffer[..length.min(buffer.len())], credits) {
+                let message = &buffer[..length.min(buffer.len())];
+                if let Err(why) = self.receive(message, completion.descriptor, credits) {
                     return self.fail(why, credits);
                 }
                 let again = self.channel.submit(completion.token, Operation::Recv { buffer });
@@ -235,7 +236,7 @@ impl State {
             slot.waker.take().into_iter().for_each(Waker::wake);
             !slot.abandoned
         });
-        self.bindings.clear();
+        self.bindings.drain().for_each(|(_, binding)| binding.end());
         self.unbinds.clear();
         self.unmaps.clear();
         self.room.drain(..).for_each(Waker::wake);

@@ -117,6 +117,10 @@ pub(crate) async fn seat(
         let error = match bound {
             Ok(core) => {
                 inner.durable.bound(core.verifier);
+                // Only what cannot write is ever given.
+                if access == Access::READ && !open.access().contains(Access::WRITE) {
+                    patience.wait("the binding", crate::direct::ask(&channel, &core)).await?;
+                }
                 return Ok(Seat::new(core, channel, incarnation));
             }
             Err(error) => error,

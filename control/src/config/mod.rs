@@ -221,6 +221,19 @@ mod tests {
         let config = load(text).unwrap();
         assert_eq!(MacPolicy::from(config.volumes[0].mac_policy), MacPolicy::Sealed);
         assert_eq!(Right::from(config.volumes[0].grants[0].access), Right::ReadWrite);
+        assert!(!config.volumes[0].gives_descriptors());
+    }
+
+    #[test]
+    fn descriptors_are_given_of_immutable_volumes_and_where_the_operator_says_so() {
+        for (settings, given) in [
+            ("immutable=true", true),
+            ("local_descriptors=true", true),
+            ("immutable=true\nlocal_descriptors=false", false),
+        ] {
+            let config = load(&format!("[[volume]]\nname='data'\ndirectory='data'\n{settings}\n")).unwrap();
+            assert_eq!(config.volumes[0].gives_descriptors(), given, "{settings}");
+        }
     }
 
     #[test]

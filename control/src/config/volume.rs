@@ -33,6 +33,13 @@ pub struct Volume {
     /// `mandatory`: locks restrict every read and write. `advisory`: they exclude only each other. Default: `mandatory`.
     #[serde(default)]
     pub locks: Locks,
+    /// Nobody changes it through this server: all grants are for reading. Default: false.
+    #[serde(default)]
+    pub immutable: bool,
+    /// Clients on this host are given the descriptors of opens for reading, and read without the server. They can't be taken
+    /// back: neither locks nor fences bind who has one. Default: as `immutable`.
+    #[serde(default)]
+    pub local_descriptors: Option<bool>,
     /// Who may use it. Nobody by default.
     #[serde(default, rename = "grant")]
     pub grants: Vec<Grant>,
@@ -122,6 +129,11 @@ impl From<GrantAccess> for Right {
 }
 
 impl Volume {
+    /// True if clients on this host may be given descriptors.
+    pub fn gives_descriptors(&self) -> bool {
+        self.local_descriptors.unwrap_or(self.immutable)
+    }
+
     /// The id, if it is given.
     ///
     /// # Errors

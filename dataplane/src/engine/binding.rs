@@ -75,6 +75,8 @@ pub(crate) struct Binding {
     pub(crate) transcript: [u8; 32],
     pub(crate) access: Access,
     pub(crate) policy: MacPolicy,
+    /// A client of a local channel may have the descriptor.
+    pub(crate) gives_descriptor: bool,
     pub(crate) from_client: FrameKey,
     pub(crate) to_client: FrameKey,
     pub(crate) payload_in: PayloadKey,
@@ -113,6 +115,7 @@ impl Binding {
             transcript: grant.transcript,
             access: grant.access,
             policy,
+            gives_descriptor: grant.descriptor,
             from_client: FrameKey::new(&keys.to_server, policy),
             to_client: FrameKey::new(&keys.to_client, policy),
             payload_in: PayloadKey::new(&keys.to_server, policy),
@@ -263,6 +266,7 @@ mod tests {
             rules: Vec::new(),
             rules_version: 0,
             transcript: [0; 32],
+            descriptor: false,
         };
         let fd = rustix::fs::memfd_create("binding", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         Binding::new(name, &grant, Arc::new(KernelFile::new(fd)), Arc::default(), Rules::default())

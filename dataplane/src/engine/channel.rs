@@ -30,11 +30,11 @@ use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use holdfast_shared::types::Status;
 use holdfast_transport::verbs::Pinner;
-use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError, Placed};
+use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError, Placed, Rejected};
 use holdfast_verbs::memory::{Buffer, Pool};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -308,7 +308,7 @@ impl Conn {
     }
 
     fn complete(&mut self, cx: &mut Cx, completion: Completion) {
-        let Completion { token, kind, buffer, outcome } = completion;
+        let Completion { token, kind, buffer, outcome, .. } = completion;
         if kind != Kind::Recv {
             self.ops = self.ops.saturating_sub(1);
             self.completed += 1;
@@ -372,7 +372,25 @@ impl Conn {
     /// Submits an operation for which there is room.
     pub(super) fn submit(&mut self, cx: &mut Cx, token: Token, operation: Operation) -> bool {
         let receive = matches!(operation, Operation::Recv { .. });
-        match self.transport.submit(token.number(), operation) {
+        let outcome = self.transport.submit(token.number(), operation);
+        self.submitted(cx, receive, outcome)
+    }
+
+    /// Submits a message with a descriptor, for which there is room.
+    pub(super) fn submit_descriptor(
+        &mut self,
+        cx: &mut Cx,
+        token: Token,
+        buffer: Buffer,
+        length: usize,
+        descriptor: OwnedFd,
+    ) -> bool {
+        let outcome = self.transport.send_descriptor(token.number(), buffer, length, descriptor);
+        self.submitted(cx, false, outcome)
+    }
+
+    fn submitted(&mut self, cx: &mut Cx, receive: bool, outcome: Result<(), Rejected>) -> bool {
+        match outcome {
             Ok(()) => {
                 if receive {
                     self.unpolled = true;

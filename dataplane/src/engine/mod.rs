@@ -32,6 +32,7 @@ mod backend;
 mod bind;
 mod binding;
 mod channel;
+mod descriptor;
 mod door;
 mod ending;
 mod fence;

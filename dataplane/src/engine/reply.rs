@@ -10,6 +10,8 @@ use holdfast_shared::types::{Access, HandleId, INLINE_BYTES_MAX, Status};
 use holdfast_shared::wire::WireError;
 use holdfast_shared::wire::data::{BindReply, Hello, Notice, Opcode, Reply, TAG_BYTES, Writer};
 use holdfast_transport::Operation;
+use holdfast_verbs::memory::Buffer;
+use std::os::fd::OwnedFd;
 
 /// A frame that is no answer to a read, write, flush or unbind.
 #[derive(Clone, Debug)]
@@ -139,6 +141,21 @@ impl Conn {
         count: u32,
         digest: Option<&[u8; TAG_BYTES]>,
     ) {
+        self.send_reply_with(cx, binding, request, status, count, digest, None);
+    }
+
+    /// As [`Conn::send_reply`], with a descriptor for the peer.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn send_reply_with(
+        &mut self,
+        cx: &mut Cx,
+        binding: Option<BindingRef>,
+        request: u32,
+        status: Status,
+        count: u32,
+        digest: Option<&[u8; TAG_BYTES]>,
+        descriptor: Option<OwnedFd>,
+    ) {
         let body = Reply {
             status: status.number().into(),
             credits: 1.into(),
@@ -160,7 +177,7 @@ impl Conn {
             }
             Ok(w.finish(|covered, mac| key.sign(covered, mac)))
         })();
-        self.submit_frame(cx, Token::Send, buffer, built);
+        self.submit_frame_with(cx, Token::Send, buffer, built, descriptor);
     }
 
     fn send_frame(
@@ -181,15 +198,30 @@ impl Conn {
         &mut self,
         cx: &mut Cx,
         token: Token,
-        buffer: holdfast_verbs::memory::Buffer,
+        buffer: Buffer,
         built: Result<usize, WireError>,
     ) {
-        match built {
-            Ok(length) => {
+        self.submit_frame_with(cx, token, buffer, built, None);
+    }
+
+    fn submit_frame_with(
+        &mut self,
+        cx: &mut Cx,
+        token: Token,
+        buffer: Buffer,
+        built: Result<usize, WireError>,
+        descriptor: Option<OwnedFd>,
+    ) {
+        match (built, descriptor) {
+            (Ok(length), None) => {
                 self.send_sequence += 1;
                 self.submit(cx, token, Operation::Send { buffer, length });
             }
-            Err(error) => {
+            (Ok(length), Some(descriptor)) => {
+                self.send_sequence += 1;
+                self.submit_descriptor(cx, token, buffer, length, descriptor);
+            }
+            (Err(error), _) => {
                 debug_assert!(false, "a frame of ours is not valid: {error}");
                 tracing::error!(%error, "a frame of ours is not valid");
                 self.send_buffers.push(buffer);

@@ -5,6 +5,7 @@
 //!                   ├─ nothing to move ───────────────────────────────────────────────────► reply
 //!                   ├─ read, write: pieces, see `transfer` ───────────────────────────────► reply
 //!                   ├─ map, unmap: see `map` ──────────────────────────────────────────────► reply
+//!                   ├─ descriptor: see `descriptor` ───────────────────────────────────────► reply, with it
 //!                   ├─ flush:  storage ───────────────────────────────────────────────────► reply
 //!                   └─ unbind: the binding drains, see `fence` ───────────────────────────► reply
 //! ```
@@ -17,6 +18,7 @@ use holdfast_shared::types::{Access, ByteRange, INLINE_BYTES_MAX, RegionDescript
 use holdfast_shared::wire::data::{Body, Flags, Frame, TAG_BYTES};
 use holdfast_verbs::memory::Buffer;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 
 /// What is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +29,7 @@ pub(crate) enum Ask {
     Unbind,
     Map,
     Unmap { mapping: u32 },
+    Descriptor,
 }
 
 /// One request, from its receipt to its reply.
@@ -87,6 +90,7 @@ impl Request {
             Body::Map(_) => (Ask::Map, None),
             Body::Unmap(unmap) => (Ask::Unmap { mapping: unmap.mapping.get() }, None),
             Body::Flush(_) => (Ask::Flush { data_only: flags & Flags::DATA_ONLY != 0 }, None),
+            Body::Descriptor => (Ask::Descriptor, None),
             // The caller lets nothing else through.
             _ => (Ask::Unbind, None),
         };
@@ -145,7 +149,7 @@ impl Conn {
             Ask::Flush { .. } => counts.requests_flush_total.add(1),
             Ask::Unbind => counts.requests_unbind_total.add(1),
             Ask::Map => counts.requests_map_total.add(1),
-            Ask::Unmap { .. } => {}
+            Ask::Unmap { .. } | Ask::Descriptor => {}
         }
         counts.requests_in_flight.add(1);
         request.order = self.admitted;
@@ -198,9 +202,12 @@ impl Conn {
         let Some(binding) = request.binding.and_then(|name| self.bindings.get(name)) else {
             return Err(Status::NotBound);
         };
-        if matches!(request.ask, Ask::Flush { .. } | Ask::Unbind) {
+        if matches!(request.ask, Ask::Flush { .. } | Ask::Unbind | Ask::Descriptor) {
             if !request.payload.is_empty() || request.digest.is_some() {
                 return Err(Status::Invalid);
+            }
+            if request.ask == Ask::Descriptor {
+                self.may_have_descriptor(binding)?;
             }
             return binding.serves();
         }
@@ -289,6 +296,10 @@ impl Conn {
                     self.hand_over(cx, slot, &mut request, Work::Flush { data_only }, None, 0..0, 0, 0);
                     Step::Next
                 }
+                Ask::Descriptor => match self.step_descriptor(cx, slot, &mut request) {
+                    Some(step) => step,
+                    None => return Step::Next,
+                },
                 Ask::Map => self.step_map(cx, slot, &mut request),
                 Ask::Unmap { mapping } => self.step_unmap(cx, slot, &mut request, mapping),
                 Ask::Unbind => Step::Next,
@@ -334,6 +345,24 @@ impl Conn {
             Some(mapped) => self.send_mapped(cx, request.binding, request.number, &mapped),
             None => self.send_reply(cx, request.binding, request.number, status, count, digest),
         }
+        self.answered(cx, slot);
+    }
+
+    /// As [`Conn::reply`] with `Ok`, and the peer gets the descriptor.
+    pub(super) fn reply_with_descriptor(
+        &mut self,
+        cx: &mut Cx,
+        slot: u16,
+        request: &Request,
+        descriptor: OwnedFd,
+    ) {
+        let (binding, number) = (request.binding, request.number);
+        self.send_reply_with(cx, binding, number, Status::Ok, 0, None, Some(descriptor));
+        self.answered(cx, slot);
+    }
+
+    /// The reply is on its way: the slot and the credit are free.
+    fn answered(&mut self, cx: &Cx, slot: u16) {
         self.free_slots.push(slot);
         self.in_flight = self.in_flight.saturating_sub(1);
         cx.gauges.requests_in_flight.sub(1);

@@ -70,6 +70,7 @@ impl Open {
             rules: Vec::new(),
             rules_version: 0,
             transcript,
+            descriptor: access == Access::READ,
         }
     }
 

@@ -8,7 +8,7 @@ use std::any::Any;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +67,15 @@ pub struct Completion {
     pub buffer: Buffer,
     /// Bytes sent, received, placed or fetched; or why not.
     pub outcome: Result<usize, OperationError>,
+    /// Of a message received over a local channel: the descriptor that came with it.
+    pub descriptor: Option<OwnedFd>,
+}
+
+impl Completion {
+    /// One without a descriptor.
+    pub fn new(token: u64, kind: Kind, buffer: Buffer, outcome: Result<usize, OperationError>) -> Self {
+        Self { token, kind, buffer, outcome, descriptor: None }
+    }
 }
 
 /// The end of a [`Channel::place_pinned`].
@@ -178,6 +187,21 @@ pub trait Channel: Send {
     /// # Errors
     /// [`Rejected`] gives the operation back.
     fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected>;
+
+    /// As [`Operation::Send`], and the peer gets a duplicate of `descriptor` with the message, if it has room for one.
+    ///
+    /// # Errors
+    /// [`SubmitError::Invalid`] on all channels but local ones; then the descriptor is closed.
+    fn send_descriptor(
+        &mut self,
+        token: u64,
+        buffer: Buffer,
+        length: usize,
+        descriptor: OwnedFd,
+    ) -> Result<(), Rejected> {
+        let _ = (token, descriptor);
+        Err(Rejected { error: SubmitError::Invalid, operation: Operation::Send { buffer, length } })
+    }
 
     /// Pushes out what was submitted, collects what is done, and appends it to `done`. Returns how many, with those that
     /// [`Channel::take_placed`] gives.

@@ -1,4 +1,4 @@
-//! One small trait over verbs, tcp and memory: Send, Recv, Place, Fetch on registered memory.
+//! One small trait over verbs, tcp, local sockets and memory: Send, Recv, Place, Fetch on registered memory.
 //!
 //! ```text
 //!              submit(token, operation)                   poll()
@@ -20,10 +20,12 @@
 
 mod admission;
 mod channel;
+pub mod local;
 pub mod memory;
 mod region_table;
 mod spin;
 mod stopper;
+pub mod stream;
 pub mod tcp;
 pub mod verbs;
 

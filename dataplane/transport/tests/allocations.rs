@@ -13,7 +13,7 @@ mod fabrics;
 #[path = "conformance/kit.rs"]
 mod kit;
 
-use fabrics::{Tcp, Verbs};
+use fabrics::{Local, Tcp, Verbs};
 use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, RemoteAccess};
 use kit::*;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region as Counted, StatsAlloc};
@@ -81,6 +81,7 @@ fn steady<F: Fabric>() {
 #[test]
 fn no_operation_allocates() {
     steady::<Tcp>();
+    steady::<Local>();
     if <Verbs as Fabric>::is_available() {
         steady::<Verbs>();
     }

@@ -650,6 +650,7 @@ impl World {
             lock_mode: LockMode::Mandatory,
             hold_default_ms: 10_000,
             hold_max_ms: 60_000,
+            local_descriptors: false,
         }]
     }
 

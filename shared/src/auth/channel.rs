@@ -1,6 +1,7 @@
 //! What a proof is bound to, and the keys that come of it.
 
 use super::Secret;
+use super::schedule::sha256;
 use crate::wire::service::TransportKind;
 use minicbor::{Decode, Encode};
 
@@ -11,6 +12,7 @@ use minicbor::{Decode, Encode};
 /// |---|---|
 /// | verbs | queue pair number (u32 LE) and GID (16 bytes) of that side |
 /// | tcp | IP address as 16 bytes (IPv4 mapped) and port (u16 LE) of that side |
+/// | local | the first 20 bytes of SHA-256 over the name of that side's Unix socket |
 /// | memory | what the test says |
 #[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
 pub struct ChannelIdentity {
@@ -46,6 +48,14 @@ impl ChannelIdentity {
         end
     }
 
+    /// One end of a local channel, by its socket's name: the path at which the server bound it, or the abstract name the
+    /// client did, without the leading zero.
+    pub fn local_end(name: &[u8]) -> [u8; 20] {
+        let mut end = [0; 20];
+        sha256(&[name]).into_iter().zip(&mut end).for_each(|(from, to)| *to = from);
+        end
+    }
+
     /// The bytes that enter the transcript: one byte of transport, 20 of the client's end, 20 of the server's.
     pub(super) fn transcript_bytes(&self) -> [u8; 41] {
         let mut bytes = [0; 41];
@@ -53,6 +63,7 @@ impl ChannelIdentity {
             TransportKind::Verbs => 1,
             TransportKind::Tcp => 2,
             TransportKind::Memory => 3,
+            TransportKind::Local => 4,
         };
         bytes[1..21].copy_from_slice(&self.client);
         bytes[21..].copy_from_slice(&self.server);

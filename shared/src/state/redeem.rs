@@ -45,6 +45,10 @@ impl Authority {
         if open.bindings.len() >= limit {
             return Err(Status::TooMany);
         }
+        // Whoever has it can't be fenced: so not even the kernel lets it write.
+        let descriptor = redeem.access == Access::READ
+            && !open.access().contains(Access::WRITE)
+            && self.volumes.local_descriptors(open.volume());
         let answer = BindAnswer {
             handle: HandleId::from_random(fresh.handle),
             epoch: open.epoch,
@@ -69,6 +73,7 @@ impl Authority {
             rules,
             rules_version,
             transcript,
+            descriptor,
         };
         Ok((file, grant))
     }

@@ -45,6 +45,8 @@ pub struct VolumeRules {
     pub hold_default_ms: u64,
     /// The longest that a client may ask for, milliseconds.
     pub hold_max_ms: u64,
+    /// Clients on the server's host may be given the descriptors of opens for reading.
+    pub local_descriptors: bool,
 }
 
 /// All volumes, by name.
@@ -95,6 +97,11 @@ impl Volumes {
     /// What locks mean on a volume.
     pub(super) fn lock_mode(&self, volume: VolumeId) -> LockMode {
         self.0.values().find(|rules| rules.id == volume).map(|rules| rules.lock_mode).unwrap_or_default()
+    }
+
+    /// True if clients on the server's host may be given descriptors.
+    pub(super) fn local_descriptors(&self, volume: VolumeId) -> bool {
+        self.0.values().any(|rules| rules.id == volume && rules.local_descriptors)
     }
 
     /// True if `principal` may write on the volume.

@@ -40,7 +40,7 @@ use crate::types::{Access, HandleId, IoRule, OpenId, Status};
 use minicbor::{Decode, Encode};
 
 /// The version of these messages. Both processes come from one build, so it must be equal.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
 
 /// Opens that a registration may name as written by bindings that are gone.
 pub const WROTE_MAX: usize = 1024;
@@ -298,6 +298,9 @@ pub struct Grant {
     /// The digest of the transcript that was proven; handed back in [`Held`].
     #[cbor(n(10), with = "minicbor::bytes")]
     pub transcript: [u8; 32],
+    /// A client on this host may be given the descriptor itself, over a local channel.
+    #[n(11)]
+    pub descriptor: bool,
 }
 
 /// See [`ToDataplane::Fence`] and [`ToControl::Fenced`].

@@ -17,6 +17,9 @@ pub enum TransportKind {
     /// In memory; tests only, never in a service blob.
     #[n(3)]
     Memory,
+    /// A Unix socket, for clients on the server's host.
+    #[n(4)]
+    Local,
 }
 
 impl TransportKind {
@@ -26,6 +29,7 @@ impl TransportKind {
             Self::Verbs => "verbs",
             Self::Tcp => "tcp",
             Self::Memory => "memory",
+            Self::Local => "local",
         }
     }
 }
@@ -36,12 +40,17 @@ pub struct Endpoint {
     /// By which transport.
     #[n(0)]
     pub transport: TransportKind,
-    /// An IP address as text; `None` means the address at which the client reached control.
+    /// An IP address as text; `None` means the address at which the client reached control. Of local endpoints, the
+    /// socket's absolute path.
     #[n(1)]
     pub address: Option<String>,
-    /// TCP port, or rdmacm port in the TCP port space.
+    /// TCP port, or rdmacm port in the TCP port space; of local endpoints 0.
     #[n(2)]
     pub port: u16,
+    /// Of local endpoints, the boot id of the server's kernel: a client that runs on another cannot see that path, whatever
+    /// it has there. Absent otherwise.
+    #[n(3)]
+    pub boot_id: Option<String>,
 }
 
 /// What a client learns of a data plane.

@@ -45,7 +45,7 @@ pub(crate) struct Bench {
     /// Leave the file that was made for the measurement
     #[arg(long)]
     pub(crate) keep: bool,
-    /// How bytes travel: auto, verbs or tcp [default: the configuration's]
+    /// How bytes travel: auto, local, verbs or tcp [default: the configuration's]
     #[arg(long)]
     pub(crate) transport: Option<Transport>,
     /// One JSON object, and no progress bar

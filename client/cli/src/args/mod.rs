@@ -124,7 +124,7 @@ pub(crate) struct Copy {
     /// Directories and all that is in them
     #[arg(short, long)]
     pub(crate) recursive: bool,
-    /// How bytes travel: auto, verbs or tcp [default: the configuration's]
+    /// How bytes travel: auto, local, verbs or tcp [default: the configuration's]
     #[arg(long)]
     pub(crate) transport: Option<Transport>,
     /// Chunks of one file in flight
@@ -161,7 +161,7 @@ pub(crate) struct Cat {
     /// VOLUME:/path
     #[arg(required = true)]
     pub(crate) paths: Vec<Remote>,
-    /// How bytes travel: auto, verbs or tcp [default: the configuration's]
+    /// How bytes travel: auto, local, verbs or tcp [default: the configuration's]
     #[arg(long)]
     pub(crate) transport: Option<Transport>,
 }

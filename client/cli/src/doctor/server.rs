@@ -131,6 +131,7 @@ pub(super) fn print(facts: &Value, software: Option<bool>) -> anyhow::Result<()>
     ))?;
     match (data["transport"].as_str(), data["reason"].as_str(), facts["transport_wanted"].as_str()) {
         (Some("verbs"), ..) => line(format_args!("RDMA      {}", in_use(software))),
+        (Some("local"), ..) => line(format_args!("RDMA      not needed: the server is on this host")),
         (_, Some(reason), _) => line(format_args!("RDMA      not in use: {}", shown(reason))),
         (_, None, Some(wanted)) => {
             line(format_args!("RDMA      not in use: the configuration says transport = \"{wanted}\""))

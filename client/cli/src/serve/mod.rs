@@ -158,6 +158,7 @@ fn announce(args: &Serve, latest: &Latest) {
             "admin": control["admin"],
             "tcp": dataplane["tcp"],
             "verbs": dataplane["verbs"],
+            "local": dataplane["local"],
         });
         say(line);
         return;
@@ -169,6 +170,8 @@ fn announce(args: &Serve, latest: &Latest) {
         "data channels over verbs: {}",
         if verbs.is_empty() { "none (`holdfast doctor` says why)" } else { &verbs }
     ));
+    let local = text(&dataplane["local"]);
+    say(format_args!("data channels over local: {}", if local.is_empty() { "none" } else { &local }));
     say(format_args!("try: holdfast --config {} volumes", args.dir.join("client.toml").display()));
 }
 

@@ -47,7 +47,7 @@ pub fn rdma_address() -> Option<String> {
 
 /// The transports that can be tested here.
 pub fn transports() -> Vec<&'static str> {
-    if rdma_address().is_some() { vec!["tcp", "verbs"] } else { vec!["tcp"] }
+    if rdma_address().is_some() { vec!["tcp", "local", "verbs"] } else { vec!["tcp", "local"] }
 }
 
 /// The client library's name for a transport.

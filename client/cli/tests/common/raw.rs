@@ -8,7 +8,7 @@ use holdfast_shared::auth::{
 use holdfast_shared::types::{Access, FRAME_BYTES_MAX, HandleId, RegionDescriptor, Status};
 use holdfast_shared::wire::data::{Bind, Body, Frame, Hello, Io, Opcode, Reply, Writer};
 use holdfast_shared::wire::service::{ServiceBlob, TransportKind};
-use holdfast_transport::{Channel, Kind, Operation, Registration, RemoteAccess, Setup, tcp, verbs};
+use holdfast_transport::{Channel, Kind, Operation, Registration, RemoteAccess, Setup, local, tcp, verbs};
 use holdfast_verbs::memory::{Pool, Region};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -54,9 +54,9 @@ impl Raw {
     /// Connects to the data plane of a grant.
     pub fn connect(kind: &str, grant: &KeyGrant) -> Self {
         let blob = ServiceBlob::decode(&grant.service_blob).unwrap();
-        let wanted = if kind == "verbs" { TransportKind::Verbs } else { TransportKind::Tcp };
-        let endpoint = blob.endpoints.iter().find(|e| e.transport == wanted).unwrap();
-        let address = SocketAddr::new(endpoint.address.as_ref().unwrap().parse().unwrap(), endpoint.port);
+        let endpoint = blob.endpoints.iter().find(|e| e.transport.name() == kind).unwrap();
+        let at = endpoint.address.as_ref().unwrap();
+        let address = || SocketAddr::new(at.parse().unwrap(), endpoint.port);
         let pool = Pool::new(2 * FRAME_BYTES_MAX, 256).unwrap();
         let setup = Setup {
             depth: 128,
@@ -64,9 +64,10 @@ impl Raw {
             pools: vec![pool.clone()],
             receives: (0..100).map(|t| (t, pool.take().unwrap())).collect(),
         };
-        let channel: Box<dyn Channel> = match wanted {
-            TransportKind::Verbs => Box::new(verbs::connect(address, DEADLINE, setup).unwrap()),
-            _ => Box::new(tcp::connect(address, DEADLINE, setup).unwrap()),
+        let channel: Box<dyn Channel> = match endpoint.transport {
+            TransportKind::Local => Box::new(local::connect(at.as_ref(), DEADLINE, setup).unwrap()),
+            TransportKind::Verbs => Box::new(verbs::connect(address(), DEADLINE, setup).unwrap()),
+            _ => Box::new(tcp::connect(address(), DEADLINE, setup).unwrap()),
         };
         let region = Region::new(1 << 20).unwrap();
         let registration = channel.registrar().register(region, RemoteAccess::FetchAndPlace).unwrap();

@@ -47,7 +47,7 @@ impl Side {
         | Operation::Recv { buffer }
         | Operation::Place { buffer, .. }
         | Operation::Fetch { buffer, .. }) = operation;
-        self.ready.push_back(Completion { token, kind, buffer, outcome });
+        self.ready.push_back(Completion::new(token, kind, buffer, outcome));
         self.news = true;
     }
 
@@ -221,7 +221,7 @@ fn take_effect(operation: &mut Operation, theirs: &mut Side) -> Step {
                 };
             };
             to.copy_from_slice(from);
-            let done = Completion { token, kind: Kind::Recv, buffer: room, outcome: Ok(*length) };
+            let done = Completion::new(token, Kind::Recv, room, Ok(*length));
             theirs.ready.push_back(done);
             theirs.news = true;
             Step::Moved

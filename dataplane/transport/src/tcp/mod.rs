@@ -1,39 +1,51 @@
-//! Channels over one TCP connection each: Place and Fetch are frames that carry payload straight into, or from,
-//! registered memory.
+//! Channels over one TCP connection each; what travels on it is [`crate::stream`]'s.
 //!
-//! ```text
-//!   submit ──► send.rs ──sendmsg──►  socket  ──recvmsg──► receive.rs ──► Recv buffers, regions, Fetch buffers
-//!                 ▲                                            │
-//!                 └──────────── answers to Fetches ◄───────────┘         framing.rs: the bytes on the wire
-//! ```
-//!
-//! Place and Send are done when the socket has taken their last byte: the buffer is free then, and the bytes arrive in
-//! order, or the channel ends and they may be lost. A peer that takes no bytes for 20 s, or whose host gives no sign of
-//! life for that long, is gone. Nothing a peer sends sizes an allocation; a peer that does not read is not read from
-//! either, once [`framing::FETCHES_MAX`] answers wait for it.
+//! A peer that takes no bytes for 20 s, or whose host gives no sign of life for that long, is gone.
 
-mod channel;
-mod fetches;
-pub mod framing;
 mod listener;
-mod receive;
-mod send;
 
-pub use channel::{TcpChannel, connect};
+pub use crate::stream::framing;
 pub use listener::TcpListener;
 
+use crate::channel::Setup;
+use crate::stream::StreamChannel;
+use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::wire::service::TransportKind;
+use rustix::net::sockopt;
 use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
-/// Why a connection is to be ended.
-enum Ending {
-    /// The stream is over.
-    Disconnected,
-    /// The kernel says so.
-    Io(io::Error),
-    /// The peer broke the framing.
-    Misbehaved(&'static str),
-    /// The peer asked for what it may not have, and is to be told.
-    Refuse { why: &'static str, refusal: framing::Refusal, tag: u32 },
-    /// The peer refused what we asked.
-    Refused { refusal: framing::Refusal, tag: u32 },
+/// Unacknowledged bytes for this long mean that the peer is gone.
+const USER_TIMEOUT_MS: u32 = 20_000;
+/// A quiet peer is asked for a sign of life after this long, then this often, this many times.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// Connects to `address`, waiting at most `timeout`.
+///
+/// # Errors
+/// The kernel's; `InvalidInput` for a setup that contradicts itself.
+pub fn connect(address: SocketAddr, timeout: Duration, setup: Setup) -> io::Result<StreamChannel> {
+    channel(TcpStream::connect_timeout(&address, timeout)?, setup, true)
+}
+
+/// The channel over a connection.
+fn channel(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<StreamChannel> {
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)?;
+    sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
+    sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
+    sockopt::set_socket_keepalive(&stream, true)?;
+    let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+    let (client, server) = if is_client { (local, peer) } else { (peer, local) };
+    let identity = ChannelIdentity {
+        transport: TransportKind::Tcp,
+        client: ChannelIdentity::tcp_end(client),
+        server: ChannelIdentity::tcp_end(server),
+    };
+    StreamChannel::new(stream.into(), peer, identity, setup, false)
 }

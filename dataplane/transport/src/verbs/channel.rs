@@ -242,7 +242,7 @@ impl VerbsChannel {
     /// Nothing but buffers and pages of files is posted here.
     fn hand_out(&mut self, token: u64, kind: Kind, local: Local, outcome: Result<usize, OperationError>) {
         match local.into_buffer() {
-            Some(buffer) => self.ready.push_back(Completion { token, kind, buffer, outcome }),
+            Some(buffer) => self.ready.push_back(Completion::new(token, kind, buffer, outcome)),
             None => self.placed.push(Placed { token, outcome }),
         }
     }
@@ -318,12 +318,11 @@ impl Channel for VerbsChannel {
                         if let Err((error, local)) = self.connection.post_receive(token, local) {
                             self.failed(&error);
                             let outcome = Err(OperationError::Flushed);
-                            self.ready.extend(local.into_buffer().map(|buffer| Completion {
-                                token,
-                                kind,
-                                buffer,
-                                outcome,
-                            }));
+                            self.ready.extend(
+                                local
+                                    .into_buffer()
+                                    .map(|buffer| Completion::new(token, kind, buffer, outcome)),
+                            );
                         }
                     }
                     Err(error) => self.failed(&error),
@@ -332,7 +331,7 @@ impl Channel for VerbsChannel {
             Operation::Place { buffer, remote } | Operation::Fetch { buffer, remote }
                 if remote.length() == 0 =>
             {
-                self.ready.push_back(Completion { token, kind, buffer, outcome: Ok(0) });
+                self.ready.push_back(Completion::new(token, kind, buffer, Ok(0)));
             }
             Operation::Place { buffer, remote: descriptor } => {
                 let write = holdfast_verbs::Operation::Write(remote(descriptor));

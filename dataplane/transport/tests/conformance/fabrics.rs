@@ -1,9 +1,10 @@
 //! The transports, and how the tests get at a pair of channels of each.
 
 use crate::kit::{Fabric, Listening};
-use holdfast_transport::{Channel, Listener, Setup, memory, tcp, verbs};
+use holdfast_transport::{Channel, Listener, Setup, local, memory, tcp, verbs};
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,6 +43,74 @@ impl Listening for Tcp {
 
     fn connect(address: SocketAddr, setup: Setup) -> io::Result<Box<dyn Channel>> {
         Ok(Box::new(tcp::connect(address, TIMEOUT, setup)?))
+    }
+}
+
+pub(crate) struct Local;
+
+impl Fabric for Local {
+    const NAME: &'static str = "local";
+    const PLACE_IS_BUFFERED: bool = true;
+    const OWNER_KNOWS: bool = true;
+    const SEND_WAITS: bool = true;
+
+    fn pair(client: Setup, server: Setup) -> (Box<dyn Channel>, Box<dyn Channel>) {
+        accept::<Self>(client, server)
+    }
+}
+
+impl Listening for Local {
+    fn listen() -> Box<dyn Listener> {
+        Box::new(Numbered::new())
+    }
+
+    fn connect(address: SocketAddr, setup: Setup) -> io::Result<Box<dyn Channel>> {
+        Ok(Box::new(local::connect(&Numbered::directory(address.port()).join("socket"), TIMEOUT, setup)?))
+    }
+}
+
+/// The suite names listeners by address and port: here the port stands for a directory with the socket.
+struct Numbered {
+    listener: local::LocalListener,
+    port: u16,
+}
+
+impl Numbered {
+    fn new() -> Self {
+        let first = std::process::id() as u16;
+        let port = (0..u16::MAX)
+            .map(|n| first.wrapping_add(n))
+            .find(|port| std::fs::create_dir(Self::directory(*port)).is_ok())
+            .unwrap();
+        let listener = local::LocalListener::bind(&Self::directory(port).join("socket"), 0o600).unwrap();
+        Self { listener, port }
+    }
+
+    fn directory(port: u16) -> PathBuf {
+        std::env::temp_dir().join(format!("holdfast-suite-{port}"))
+    }
+}
+
+impl Drop for Numbered {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(Self::directory(self.port));
+    }
+}
+
+impl Listener for Numbered {
+    fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.listener.address().ip(), self.port)
+    }
+
+    fn accept(
+        &mut self,
+        prepare: &mut dyn FnMut(SocketAddr) -> Option<Setup>,
+    ) -> io::Result<Box<dyn Channel>> {
+        self.listener.accept(prepare)
+    }
+
+    fn stopper(&self) -> Box<dyn Fn() + Send + Sync> {
+        self.listener.stopper()
     }
 }
 

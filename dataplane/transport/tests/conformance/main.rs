@@ -9,6 +9,7 @@
     clippy::cast_possible_wrap
 )]
 
+mod descriptors;
 mod fabrics;
 mod hostile;
 mod kit;
@@ -26,6 +27,7 @@ macro_rules! suite {
     ($($module:ident::$tests:tt;)*) => {
         mod memory { $(suite!(@tests Memory $module $tests);)* }
         mod tcp { $(suite!(@tests Tcp $module $tests);)* suite!(@listening Tcp); }
+        mod local { $(suite!(@tests Local $module $tests);)* suite!(@listening Local); }
         mod verbs { $(suite!(@tests Verbs $module $tests);)* suite!(@listening Verbs); }
     };
     (@listening $fabric:ident) => {

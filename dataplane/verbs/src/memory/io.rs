@@ -6,7 +6,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::nowait::once;
 use super::{OutOfRange, Region};
@@ -132,6 +132,78 @@ pub fn recv_segments(fd: BorrowedFd<'_>, segments: &mut [RecvSegment<'_>]) -> io
     once(|| unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })
 }
 
+/// Room for one descriptor beside a message, aligned as the kernel's headers are.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_BYTES]);
+
+/// A header and one descriptor. The same on all 64-bit Linux.
+const CONTROL_BYTES: usize = 24;
+
+/// As [`send_segments`] over a Unix socket, and sends a duplicate of `descriptor` with the first byte.
+pub fn send_segments_and_descriptor(
+    fd: BorrowedFd<'_>,
+    segments: &[SendSegment<'_>],
+    descriptor: BorrowedFd<'_>,
+) -> io::Result<usize> {
+    let mut control = Control([0; CONTROL_BYTES]);
+    // SAFETY: msghdr is a plain C structure for which all zeroes is "nothing given".
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = segments.as_ptr().cast_mut().cast();
+    message.msg_iovlen = segments.len().min(MAX_SEGMENTS);
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = CONTROL_BYTES;
+    let number = descriptor.as_raw_fd();
+    // SAFETY: `message` names a control buffer that lives across these calls, is aligned for a header and has room for one
+    // with one descriptor: the first header lies within it, and so do the bytes written behind it.
+    unsafe {
+        debug_assert_eq!(libc::CMSG_SPACE(size_of::<i32>() as u32) as usize, CONTROL_BYTES);
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        if header.is_null() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(number);
+    }
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: as for `send_segments`; the control buffer lives across the call too, and the kernel only reads it.
+    once(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
+}
+
+/// As [`recv_segments`] over a Unix socket, and the descriptor that came with the bytes, if one did. More than one that
+/// came with them, and one for which the process has no room, are closed by the kernel.
+pub fn recv_segments_and_descriptor(
+    fd: BorrowedFd<'_>,
+    segments: &mut [RecvSegment<'_>],
+) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut control = Control([0; CONTROL_BYTES]);
+    // SAFETY: msghdr is a plain C structure for which all zeroes is "nothing given".
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = segments.as_mut_ptr().cast();
+    message.msg_iovlen = segments.len().min(MAX_SEGMENTS);
+    message.msg_control = control.0.as_mut_ptr().cast();
+    // Exactly one header with one descriptor: not the padding behind it, into which a second one would fit.
+    // SAFETY: a computation with no memory behind it.
+    message.msg_controllen = unsafe { libc::CMSG_LEN(size_of::<i32>() as u32) } as usize;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: as for `recv_segments`; the kernel writes at most `msg_controllen` bytes of the control buffer, which lives
+    // across the call.
+    let count = once(|| unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) })?;
+    // SAFETY: the kernel has filled in `msg_controllen` and that many bytes of the control buffer; a header is only read if
+    // it lies within them, and the number behind it only if the header says that there is one. The kernel has made
+    // that descriptor for this process just now, so nobody else owns it.
+    let descriptor = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        let is_one = !header.is_null()
+            && (*header).cmsg_level == libc::SOL_SOCKET
+            && (*header).cmsg_type == libc::SCM_RIGHTS
+            && (*header).cmsg_len == libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
+        is_one.then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().read_unaligned()))
+    };
+    Ok((count, descriptor))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +235,37 @@ mod tests {
 
         let again = send_segments(right.as_fd(), &[SendSegment::region(&region, 5..15).unwrap()]).unwrap();
         assert_eq!(again, 10);
+    }
+
+    #[test]
+    fn a_descriptor_comes_with_the_bytes_it_was_sent_with() {
+        let (left, right) = UnixStream::pair().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        send_segments(left.as_fd(), &[SendSegment::slice(b"before")]).unwrap();
+        send_segments_and_descriptor(left.as_fd(), &[SendSegment::slice(b"with")], writer.as_fd()).unwrap();
+        send_segments(left.as_fd(), &[SendSegment::slice(b"behind")]).unwrap();
+        drop(writer);
+        let mut bytes = [0; 64];
+        let (mut all, mut found) = (Vec::new(), None);
+        while all.len() < 16 {
+            let room = &mut [RecvSegment::slice(&mut bytes)];
+            let (count, descriptor) = recv_segments_and_descriptor(right.as_fd(), room).unwrap();
+            all.extend_from_slice(&bytes[..count]);
+            if let Some(descriptor) = descriptor {
+                assert!(all.ends_with(b"with"), "the bytes behind it come with another call");
+                found = Some(descriptor);
+            }
+        }
+        assert_eq!(all, b"beforewithbehind");
+        rustix::io::write(found.unwrap(), b"through it").unwrap();
+        let count = rustix::io::read(&reader, &mut bytes).unwrap();
+        assert_eq!(&bytes[..count], b"through it");
+        // Who takes bytes alone leaves none behind.
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        send_segments_and_descriptor(left.as_fd(), &[SendSegment::slice(b"x")], writer.as_fd()).unwrap();
+        drop(writer);
+        recv_segments(right.as_fd(), &mut [RecvSegment::slice(&mut bytes)]).unwrap();
+        assert_eq!(rustix::io::read(&reader, &mut [0; 1]).unwrap(), 0, "it is closed");
     }
 
     #[test]

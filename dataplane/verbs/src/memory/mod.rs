@@ -25,7 +25,8 @@ mod word;
 
 pub use file::FileMapping;
 pub use io::{
-    MAX_SEGMENTS, RecvSegment, SendSegment, advance_recv, advance_send, recv_segments, send_segments,
+    MAX_SEGMENTS, RecvSegment, SendSegment, advance_recv, advance_send, recv_segments,
+    recv_segments_and_descriptor, send_segments, send_segments_and_descriptor,
 };
 pub use mapping::Memory;
 pub use nowait::{Nowait, pread_nowait, pwrite_nowait};

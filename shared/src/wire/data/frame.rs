@@ -23,6 +23,8 @@ pub enum Body<'a> {
     Map(&'a Map),
     /// See [`Unmap`].
     Unmap(&'a Unmap),
+    /// Give the open's descriptor.
+    Descriptor,
     /// See [`Hello`].
     Hello(&'a Hello),
     /// See [`BindReply`].
@@ -142,6 +144,7 @@ fn parse_body(opcode: Opcode, bytes: &[u8]) -> Result<Body<'_>, WireError> {
             zero(body.reserved.get() == 0)?;
             Body::Unmap(body)
         }
+        Opcode::Descriptor => Body::Descriptor,
         Opcode::Hello => Body::Hello(split::<Hello>(bytes)?.0),
         Opcode::BindReply => Body::BindReply(split::<BindReply>(bytes)?.0),
         Opcode::Reply => Body::Reply(split::<Reply>(bytes)?.0),
@@ -303,9 +306,11 @@ mod tests {
             Opcode::Map,
             Opcode::Unmap,
             Opcode::Mapped,
+            Opcode::Descriptor,
         ]
         .map(Opcode::body_len);
-        assert_eq!(sizes, [72, 32, 8, 80, 112, 16, 8, 40, 8, 32]);
+        assert_eq!(sizes, [72, 32, 8, 80, 112, 16, 8, 40, 8, 32, 0]);
+        assert_eq!(Opcode::Descriptor as u8, 8);
     }
 
     #[test]

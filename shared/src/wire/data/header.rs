@@ -21,11 +21,13 @@ pub enum Opcode {
     Map = 0x06,
     /// Withdraw it: [`super::Unmap`].
     Unmap = 0x07,
+    /// Ask for the open's descriptor itself, over a local channel; no body.
+    Descriptor = 0x08,
     /// The first frame on a channel: [`super::Hello`].
     Hello = 0x80,
     /// The answer to `Bind`: [`super::BindReply`].
     BindReply = 0x81,
-    /// The answer to `Unbind`, `Read`, `Write`, `Flush` and `Unmap`, and to a refused `Map`: [`super::Reply`].
+    /// The answer to `Unbind`, `Read`, `Write`, `Flush`, `Unmap` and `Descriptor`, and to a refused `Map`: [`super::Reply`].
     Reply = 0x82,
     /// The server speaks unasked: a binding was fenced, or the channel ends ([`super::Notice`]).
     Notice = 0x83,
@@ -44,6 +46,7 @@ impl Opcode {
             0x05 => Self::Flush,
             0x06 => Self::Map,
             0x07 => Self::Unmap,
+            0x08 => Self::Descriptor,
             0x80 => Self::Hello,
             0x81 => Self::BindReply,
             0x82 => Self::Reply,
@@ -62,7 +65,7 @@ impl Opcode {
     pub const fn body_len(self) -> usize {
         match self {
             Self::Bind => size_of::<super::Bind>(),
-            Self::Unbind => 0,
+            Self::Unbind | Self::Descriptor => 0,
             Self::Read | Self::Write => size_of::<super::Io>(),
             Self::Flush => size_of::<super::Flush>(),
             Self::Map => size_of::<super::Map>(),

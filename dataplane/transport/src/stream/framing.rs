@@ -6,7 +6,7 @@
 //! | offset | bytes | field   | meaning |
 //! |-------:|------:|---------|---------|
 //! | 0      | 1     | kind    | 1 Message, 2 Place, 3 Fetch, 4 FetchData, 5 Refused |
-//! | 1      | 1     | reason  | Refused: 1 access, 2 length; else 0 |
+//! | 1      | 1     | reason  | Refused: 1 access, 2 length; Message: 1 if a descriptor comes with it; else 0 |
 //! | 2      | 2     | zero    | 0 |
 //! | 4      | 4     | length  | bytes of payload; Fetch: bytes wanted; Refused: 0. At most 2^30 |
 //! | 8      | 8     | address | Place, Fetch: as in the region descriptor, plus an offset; else 0 |
@@ -15,6 +15,8 @@
 //!
 //! * Message goes into the receiver's oldest posted Recv. If none is posted, the receiver stops reading until one is.
 //!   If it is longer than that buffer, the answer is Refused{length} with tag 0.
+//! * A descriptor goes over a Unix socket alone (SCM_RIGHTS), from the server to the client, with the first byte of the
+//!   header that says so. It may be missing: the receiver had no room for it.
 //! * Place writes its payload into the receiver's region. Place and Fetch are never empty.
 //! * Fetch is answered with FetchData of exactly the length and tag asked for; answers may come in any order. At
 //!   most [`FETCHES_MAX`] may be unanswered; the asker sees to it.
@@ -52,7 +54,7 @@ struct Header {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Frame {
     /// A message follows.
-    Message { length: u32 },
+    Message { length: u32, descriptor: bool },
     /// Bytes for a region follow.
     Place { remote: RegionDescriptor, tag: u32 },
     /// Bytes of a region are wanted.
@@ -77,7 +79,7 @@ impl Frame {
     pub(super) fn encode(self) -> [u8; HEADER_BYTES] {
         let none = RegionDescriptor::NONE;
         let (kind, reason, length, remote, tag) = match self {
-            Self::Message { length } => (1, 0, length, none, 0),
+            Self::Message { length, descriptor } => (1, u8::from(descriptor), length, none, 0),
             Self::Place { remote, tag } => (2, 0, remote.length(), remote, tag),
             Self::Fetch { remote, tag } => (3, 0, remote.length(), remote, tag),
             Self::FetchData { length, tag } => (4, 0, length, none, tag),
@@ -103,7 +105,12 @@ impl Frame {
         let header = Header::read_from_bytes(bytes).map_err(|_| "header of a wrong size")?;
         let (length, rkey, tag) = (header.length.get(), header.rkey.get(), header.tag.get());
         let remote = RegionDescriptor::new(header.address.get(), rkey, length);
-        if header.zero.get() != 0 || (header.kind != 5 && header.reason != 0) {
+        let reason_max = match header.kind {
+            1 => 1,
+            5 => u8::MAX,
+            _ => 0,
+        };
+        if header.zero.get() != 0 || header.reason > reason_max {
             return Err("a reserved field is not zero");
         }
         if length as usize > LENGTH_MAX {
@@ -111,7 +118,7 @@ impl Frame {
         }
         let names_no_region = header.address.get() == 0 && rkey == 0;
         match header.kind {
-            1 if names_no_region && tag == 0 => Ok(Self::Message { length }),
+            1 if names_no_region && tag == 0 => Ok(Self::Message { length, descriptor: header.reason == 1 }),
             2 if length > 0 => Ok(Self::Place { remote, tag }),
             3 if length > 0 => Ok(Self::Fetch { remote, tag }),
             4 if names_no_region && length > 0 => Ok(Self::FetchData { length, tag }),
@@ -136,7 +143,14 @@ mod tests {
     fn golden_bytes() {
         let remote = RegionDescriptor::new(0x1122_3344_5566_7788, 0xA1A2_A3A4, 0x100);
         let frames = [
-            (Frame::Message { length: 5 }, "010000000500000000000000000000000000000000000000"),
+            (
+                Frame::Message { length: 5, descriptor: false },
+                "010000000500000000000000000000000000000000000000",
+            ),
+            (
+                Frame::Message { length: 5, descriptor: true },
+                "010100000500000000000000000000000000000000000000",
+            ),
             (Frame::Place { remote, tag: 7 }, "02000000000100008877665544332211a4a3a2a107000000"),
             (Frame::Fetch { remote, tag: 8 }, "03000000000100008877665544332211a4a3a2a108000000"),
             (Frame::FetchData { length: 256, tag: 8 }, "040000000001000000000000000000000000000008000000"),
@@ -161,8 +175,11 @@ mod tests {
     fn whatever_is_accepted_encodes_to_the_same_bytes() {
         // Every single-byte change of valid headers, and a walk through pseudo-random ones.
         let remote = RegionDescriptor::new(1, 2, 3);
-        let seeds =
-            [Frame::Message { length: 0 }, Frame::Place { remote, tag: 1 }, Frame::Fetch { remote, tag: 1 }];
+        let seeds = [
+            Frame::Message { length: 0, descriptor: false },
+            Frame::Place { remote, tag: 1 },
+            Frame::Fetch { remote, tag: 1 },
+        ];
         let mut accepted = 0;
         for seed in seeds {
             for index in 0..HEADER_BYTES {
@@ -182,6 +199,8 @@ mod tests {
             bytes[0] = kind;
             assert!(Frame::decode(&bytes).is_err());
         }
-        assert!(Frame::decode(&Frame::Message { length: (1 << 30) + 1 }.encode()).is_err());
+        assert!(
+            Frame::decode(&Frame::Message { length: (1 << 30) + 1, descriptor: false }.encode()).is_err()
+        );
     }
 }

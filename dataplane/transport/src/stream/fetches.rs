@@ -24,7 +24,7 @@ pub(super) struct Pending {
 
 impl Pending {
     pub(super) fn complete(self, outcome: Result<usize, OperationError>) -> Completion {
-        Completion { token: self.token, kind: Kind::Fetch, buffer: self.buffer, outcome }
+        Completion::new(self.token, Kind::Fetch, self.buffer, outcome)
     }
 }
 

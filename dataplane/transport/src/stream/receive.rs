@@ -15,10 +15,10 @@ use super::framing::{FETCHES_MAX, Frame, HEADER_BYTES, Refusal};
 use super::send::Transmit;
 use crate::channel::{Completion, Kind, OperationError};
 use crate::region_table::{RegionTable, Target, Wanted};
-use holdfast_verbs::memory::{Buffer, RecvSegment, recv_segments};
+use holdfast_verbs::memory::{Buffer, RecvSegment, recv_segments, recv_segments_and_descriptor};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 const STAGING_BYTES: usize = 16 * 1024;
 /// Bytes after which one call of `pull` returns, so that a fast peer does not keep its owner from other channels.
@@ -31,12 +31,14 @@ enum State {
     /// A message that has no buffer yet.
     Unplaced {
         length: usize,
+        descriptor: Option<OwnedFd>,
     },
     Message {
         token: u64,
         buffer: Buffer,
         length: usize,
         filled: usize,
+        descriptor: Option<OwnedFd>,
     },
     Place {
         target: Target,
@@ -77,10 +79,13 @@ pub(super) struct Receive {
     state: State,
     posted: VecDeque<(u64, Buffer)>,
     socket: Socket,
+    takes_descriptors: bool,
+    /// Came with the bytes that were received last, and belongs to a header among them.
+    arrived: Option<OwnedFd>,
 }
 
 impl Receive {
-    pub(super) fn with_capacity(receives: usize) -> Self {
+    pub(super) fn new(receives: usize, takes_descriptors: bool) -> Self {
         Self {
             staging: vec![0; STAGING_BYTES].into_boxed_slice(),
             start: 0,
@@ -88,6 +93,8 @@ impl Receive {
             state: State::Header,
             posted: VecDeque::with_capacity(receives),
             socket: Socket::Unknown,
+            takes_descriptors,
+            arrived: None,
         }
     }
 
@@ -125,7 +132,10 @@ impl Receive {
                 Ok(count) => {
                     total += count;
                     self.socket = if count < room { Socket::Short } else { Socket::Unknown };
-                    self.digest(context)?;
+                    let digested = self.digest(context);
+                    // What no message claimed is closed; while one waits for its Recv there may be headers behind it.
+                    self.arrived.take_if(|_| !matches!(self.state, State::Unplaced { .. }));
+                    digested?;
                     if count < room {
                         break;
                     }
@@ -148,22 +158,31 @@ impl Receive {
         let staging = self.staging.get_mut(self.end..).unwrap_or_default();
         let staging_room = staging.len();
         let staging = RecvSegment::slice(staging);
+        let (takes, arrived) = (self.takes_descriptors, &mut self.arrived);
+        let mut receive = |segments: &mut [RecvSegment<'_>]| {
+            if !takes {
+                return recv_segments(socket, segments);
+            }
+            let (count, descriptor) = recv_segments_and_descriptor(socket, segments)?;
+            *arrived = descriptor;
+            Ok(count)
+        };
         let (direct_room, outcome) = match &mut self.state {
-            State::Header | State::Unplaced { .. } => (0, recv_segments(socket, &mut [staging])),
+            State::Header | State::Unplaced { .. } => (0, receive(&mut [staging])),
             State::Message { buffer, length, filled, .. } => {
                 let rest = buffer.get_mut(*filled..*length).unwrap_or_default();
-                (rest.len(), recv_segments(socket, &mut [RecvSegment::slice(rest), staging]))
+                (rest.len(), receive(&mut [RecvSegment::slice(rest), staging]))
             }
             State::Data { pending, filled } => {
                 let rest = pending.buffer.get_mut(*filled..pending.length).unwrap_or_default();
-                (rest.len(), recv_segments(socket, &mut [RecvSegment::slice(rest), staging]))
+                (rest.len(), receive(&mut [RecvSegment::slice(rest), staging]))
             }
             State::Place { target, tag, filled } => {
                 let Some(_live) = target.lock() else { return Err(place_refused(*tag)) };
                 let range = target.rest(*filled);
                 let room = range.len();
                 let rest = RecvSegment::region(target.region(), range).map_err(|_| place_refused(*tag))?;
-                (room, recv_segments(socket, &mut [rest, staging]))
+                (room, receive(&mut [rest, staging]))
             }
         };
         if let Ok(count) = outcome {
@@ -196,19 +215,20 @@ impl Receive {
                     self.start += HEADER_BYTES;
                     self.begin(frame, context)?;
                 }
-                State::Unplaced { length } => {
+                State::Unplaced { length, descriptor } => {
                     let length = *length;
                     let Some((token, buffer)) = self.posted.pop_front() else { return Ok(()) };
+                    let descriptor = descriptor.take();
                     if length > buffer.len() {
                         let outcome = Err(OperationError::Length);
-                        context.ready.push_back(Completion { token, kind: Kind::Recv, buffer, outcome });
+                        context.ready.push_back(Completion::new(token, Kind::Recv, buffer, outcome));
                         return Err(Ending::Refuse {
                             why: "its message is longer than the buffer for it",
                             refusal: Refusal::Length,
                             tag: 0,
                         });
                     }
-                    self.state = State::Message { token, buffer, length, filled: 0 };
+                    self.state = State::Message { token, buffer, length, filled: 0, descriptor };
                 }
                 _ => {
                     self.copy_staged()?;
@@ -223,7 +243,13 @@ impl Receive {
     /// Checks a frame against what is known here, and says where its payload goes.
     fn begin(&mut self, frame: Frame, context: &mut Context<'_>) -> Result<(), Ending> {
         self.state = match frame {
-            Frame::Message { length } => State::Unplaced { length: length as usize },
+            Frame::Message { descriptor: true, .. } if !self.takes_descriptors => {
+                return Err(Ending::Misbehaved("it sends a descriptor where none is taken"));
+            }
+            Frame::Message { length, descriptor } => {
+                let descriptor = self.arrived.take_if(|_| descriptor);
+                State::Unplaced { length: length as usize, descriptor }
+            }
             Frame::Place { remote, tag } => {
                 let target = context.table.find(remote, Wanted::Place).ok_or_else(|| place_refused(tag))?;
                 State::Place { target, tag, filled: 0 }
@@ -290,8 +316,9 @@ impl Receive {
         }
         match std::mem::replace(&mut self.state, State::Header) {
             State::Header | State::Unplaced { .. } | State::Place { .. } => {}
-            State::Message { token, buffer, length, .. } => {
-                context.ready.push_back(Completion { token, kind: Kind::Recv, buffer, outcome: Ok(length) });
+            State::Message { token, buffer, length, descriptor, .. } => {
+                let received = Completion::new(token, Kind::Recv, buffer, Ok(length));
+                context.ready.push_back(Completion { descriptor, ..received });
             }
             State::Data { pending, .. } => {
                 context.fetches.arrived();
@@ -304,12 +331,7 @@ impl Receive {
 
     /// Completes every Recv, and a Fetch whose data was coming, as flushed.
     pub(super) fn flush(&mut self, ready: &mut VecDeque<Completion>) {
-        let recv = |token, buffer| Completion {
-            token,
-            kind: Kind::Recv,
-            buffer,
-            outcome: Err(OperationError::Flushed),
-        };
+        let recv = |token, buffer| Completion::new(token, Kind::Recv, buffer, Err(OperationError::Flushed));
         match std::mem::replace(&mut self.state, State::Header) {
             State::Header | State::Unplaced { .. } | State::Place { .. } => {}
             State::Message { token, buffer, .. } => ready.push_back(recv(token, buffer)),

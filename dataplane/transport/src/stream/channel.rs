@@ -1,4 +1,4 @@
-//! [`TcpChannel`]: the trait over the two halves, and how a connection ends.
+//! [`StreamChannel`]: the trait over the two halves, and how a connection ends.
 
 use super::Ending;
 use super::fetches::Fetches;
@@ -13,25 +13,18 @@ use crate::channel::{
 use crate::region_table::{RegionTable, TableRegistrar};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::wire::service::TransportKind;
+use holdfast_verbs::memory::Buffer;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::sockopt;
+use rustix::net::{Shutdown, shutdown};
 use std::collections::VecDeque;
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
-/// Unacknowledged bytes for this long mean that the peer is gone.
-const USER_TIMEOUT_MS: u32 = 20_000;
-/// A quiet peer is asked for a sign of life after this long, then this often, this many times.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
-const KEEPALIVE_PROBES: u32 = 4;
-
-/// One data connection over TCP.
-pub struct TcpChannel {
-    stream: TcpStream,
+/// One data connection over a stream socket.
+pub struct StreamChannel {
+    socket: OwnedFd,
     peer: SocketAddr,
     identity: ChannelIdentity,
     admission: Admission,
@@ -46,31 +39,15 @@ pub struct TcpChannel {
     end: Option<ChannelError>,
 }
 
-/// Connects to `address`, waiting at most `timeout`.
-///
-/// # Errors
-/// The kernel's; `InvalidInput` for a setup that contradicts itself.
-pub fn connect(address: SocketAddr, timeout: Duration, setup: Setup) -> io::Result<TcpChannel> {
-    let stream = TcpStream::connect_timeout(&address, timeout)?;
-    TcpChannel::new(stream, setup, true)
-}
-
-impl TcpChannel {
-    pub(super) fn new(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<Self> {
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
-        sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
-        sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
-        sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
-        sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
-        sockopt::set_socket_keepalive(&stream, true)?;
-        let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
-        let (client, server) = if is_client { (local, peer) } else { (peer, local) };
-        let identity = ChannelIdentity {
-            transport: TransportKind::Tcp,
-            client: ChannelIdentity::tcp_end(client),
-            server: ChannelIdentity::tcp_end(server),
-        };
+impl StreamChannel {
+    /// Over a connected socket that does not block. `takes_descriptors`: a message of the peer may bring one.
+    pub(crate) fn new(
+        socket: OwnedFd,
+        peer: SocketAddr,
+        identity: ChannelIdentity,
+        setup: Setup,
+        takes_descriptors: bool,
+    ) -> io::Result<Self> {
         let capabilities = Capabilities {
             message_bytes_max: LENGTH_MAX,
             transfer_bytes_max: LENGTH_MAX,
@@ -80,13 +57,13 @@ impl TcpChannel {
         };
         let mut admission = Admission::new(&setup, capabilities)?;
         let (operations, receives) = (admission.operations_reserve(), admission.receives_reserve());
-        let mut receive = Receive::with_capacity(receives);
+        let mut receive = Receive::new(receives, takes_descriptors);
         for (token, buffer) in setup.receives {
             admission.enter(Kind::Recv);
             receive.post(token, buffer);
         }
         Ok(Self {
-            stream,
+            socket,
             peer,
             identity,
             admission,
@@ -127,7 +104,7 @@ impl TcpChannel {
             transmit: &mut self.transmit,
             ready: &mut self.ready,
         };
-        self.receive.pull(self.stream.as_fd(), &mut context)
+        self.receive.pull(self.socket.as_fd(), &mut context)
     }
 
     /// Takes what arrived before the connection broke. Returns how the peer ended it, if that says more than that it did.
@@ -145,7 +122,7 @@ impl TcpChannel {
         if self.transmit.is_empty() {
             return Ok(false);
         }
-        self.transmit.push(self.stream.as_fd(), &mut self.ready)
+        self.transmit.push(self.socket.as_fd(), &mut self.ready)
     }
 
     fn finish(&mut self, ending: Ending) {
@@ -168,7 +145,7 @@ impl TcpChannel {
             }
             Ending::Refuse { why, refusal, tag } => {
                 tracing::warn!(peer = %self.peer, why, "data connection dropped: the peer misbehaved");
-                self.transmit.refuse(self.stream.as_fd(), refusal, tag, &mut self.ready);
+                self.transmit.refuse(self.socket.as_fd(), refusal, tag, &mut self.ready);
                 // What the peer has sent meanwhile stays unread; were the connection closed now, that would take
                 // the refusal away from it.
                 how = Shutdown::Write;
@@ -194,20 +171,20 @@ impl TcpChannel {
         self.receive.flush(&mut self.ready);
         self.ready.extend(self.fetches.flush().map(|pending| pending.complete(Err(OperationError::Flushed))));
         // It may be down already.
-        let _ = self.stream.shutdown(how);
+        let _ = shutdown(&self.socket, how);
         self.end = Some(error);
     }
 
     /// Asks the kernel whether the socket has something, without waiting.
     fn socket_has(&self, flags: PollFlags) -> bool {
-        let mut fds = [PollFd::new(&self.stream, flags)];
+        let mut fds = [PollFd::new(&self.socket, flags)];
         let outcome = rustix::event::poll(&mut fds, Some(&Timespec::default()));
-        // An error here is no reason to sleep.
-        outcome.is_err() || !fds[0].revents().is_empty()
+        // An error here is no reason to sleep. A Unix socket says HUP as soon as its peer has gone, with bytes still to be read.
+        outcome.is_err() || fds[0].revents().intersects(flags | PollFlags::ERR)
     }
 }
 
-impl Channel for TcpChannel {
+impl Channel for StreamChannel {
     fn identity(&self) -> &ChannelIdentity {
         &self.identity
     }
@@ -232,13 +209,13 @@ impl Channel for TcpChannel {
         self.admission.enter(kind);
         match operation {
             Operation::Send { buffer, length } => {
-                self.transmit.add_message(Owned { token, kind, buffer, length });
+                self.transmit.add_message(Owned { token, kind, buffer, length }, None);
             }
             Operation::Recv { buffer } => self.receive.post(token, buffer),
             Operation::Place { buffer, remote } | Operation::Fetch { buffer, remote }
                 if remote.length() == 0 =>
             {
-                self.ready.push_back(Completion { token, kind, buffer, outcome: Ok(0) });
+                self.ready.push_back(Completion::new(token, kind, buffer, Ok(0)));
             }
             Operation::Place { buffer, remote } => {
                 let length = remote.length() as usize;
@@ -247,6 +224,32 @@ impl Channel for TcpChannel {
             Operation::Fetch { buffer, remote } => self.fetches.submit(token, buffer, remote),
         }
         Ok(())
+    }
+
+    fn send_descriptor(
+        &mut self,
+        token: u64,
+        buffer: Buffer,
+        length: usize,
+        descriptor: OwnedFd,
+    ) -> Result<(), Rejected> {
+        let operation = Operation::Send { buffer, length };
+        let admitted = match self.end {
+            Some(_) => Err(SubmitError::Closed),
+            None if self.identity.transport != TransportKind::Local => Err(SubmitError::Invalid),
+            None => self.admission.check(&operation),
+        };
+        match (admitted, operation) {
+            (Ok(()), Operation::Send { buffer, length }) => {
+                let kind = Kind::Send;
+                self.admission.enter(kind);
+                self.transmit.add_message(Owned { token, kind, buffer, length }, Some(descriptor));
+                Ok(())
+            }
+            (admitted, operation) => {
+                Err(Rejected { error: admitted.err().unwrap_or(SubmitError::Invalid), operation })
+            }
+        }
     }
 
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
@@ -290,7 +293,7 @@ impl Channel for TcpChannel {
         }
         if self.receive.is_stalled() {
             // Nothing is read now, so that only this shows that the connection was reset.
-            if self.socket_has(PollFlags::empty()) {
+            if self.socket_has(PollFlags::ERR) {
                 self.finish(Ending::Disconnected);
                 return Armed::Pending;
             }
@@ -310,7 +313,7 @@ impl Channel for TcpChannel {
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.socket.as_fd()
     }
 
     fn close(&mut self) {

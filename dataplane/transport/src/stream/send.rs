@@ -9,10 +9,12 @@ use super::Ending;
 use super::framing::{Frame, HEADER_BYTES, Refusal};
 use crate::channel::{Completion, Kind, OperationError};
 use crate::region_table::{Live, Target};
-use holdfast_verbs::memory::{Buffer, MAX_SEGMENTS, SendSegment, send_segments};
+use holdfast_verbs::memory::{
+    Buffer, MAX_SEGMENTS, SendSegment, send_segments, send_segments_and_descriptor,
+};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Set in the numbers of Places, and not in those of Fetches: a refusal names one or the other.
 const PLACE_TAG: u32 = 1 << 31;
@@ -27,7 +29,7 @@ pub(super) struct Owned {
 
 impl Owned {
     pub(super) fn complete(self, outcome: Result<usize, OperationError>) -> Completion {
-        Completion { token: self.token, kind: self.kind, buffer: self.buffer, outcome }
+        Completion::new(self.token, self.kind, self.buffer, outcome)
     }
 }
 
@@ -55,6 +57,8 @@ struct Outgoing {
     sent: usize,
     /// The number on the wire, by which a Place can be refused.
     tag: u32,
+    /// Goes with the first byte, and is gone then.
+    descriptor: Option<OwnedFd>,
 }
 
 impl Outgoing {
@@ -96,10 +100,14 @@ impl Transmit {
         self.enqueue(frame, Payload::None, 0);
     }
 
-    pub(super) fn add_message(&mut self, owned: Owned) {
+    pub(super) fn add_message(&mut self, owned: Owned, descriptor: Option<OwnedFd>) {
         // Lengths were held against LENGTH_MAX when the operation was accepted.
         let length = u32::try_from(owned.length).unwrap_or(u32::MAX);
-        self.enqueue(Frame::Message { length }, Payload::Owned(owned), 0);
+        let frame = Frame::Message { length, descriptor: descriptor.is_some() };
+        self.enqueue(frame, Payload::Owned(owned), 0);
+        if let Some(last) = self.queue.back_mut() {
+            last.descriptor = descriptor;
+        }
     }
 
     pub(super) fn add_place(&mut self, owned: Owned, remote: holdfast_shared::types::RegionDescriptor) {
@@ -115,7 +123,7 @@ impl Transmit {
     }
 
     fn enqueue(&mut self, frame: Frame, payload: Payload, tag: u32) {
-        self.queue.push_back(Outgoing { header: frame.encode(), payload, sent: 0, tag });
+        self.queue.push_back(Outgoing { header: frame.encode(), payload, sent: 0, tag, descriptor: None });
     }
 
     /// Sends until the queue is empty or the socket full. Returns true if the socket took anything.
@@ -130,6 +138,9 @@ impl Transmit {
             match outcome {
                 Ok(taken) => {
                     moved |= taken > 0;
+                    if let Some(first) = self.queue.front_mut().filter(|_| taken > 0) {
+                        first.descriptor = None;
+                    }
                     self.advance(taken, ready);
                     self.blocked = taken < given;
                 }
@@ -148,11 +159,13 @@ impl Transmit {
         // No registration named here is withdrawn while these are held.
         let mut live: [Option<Live<'_>>; MAX_SEGMENTS] = std::array::from_fn(|_| None);
         let mut segments: [SendSegment<'_>; MAX_SEGMENTS] = std::array::from_fn(|_| SendSegment::slice(&[]));
-        let (mut used, mut given) = (0, 0);
+        let (mut used, mut given, mut descriptor) = (0, 0, None);
         for frame in &self.queue {
-            if used + 2 > MAX_SEGMENTS {
+            // A descriptor goes with the first byte of a call: it has a call of its own.
+            if used + 2 > MAX_SEGMENTS || descriptor.is_some() || (frame.descriptor.is_some() && used > 0) {
                 break;
             }
+            descriptor = frame.descriptor.as_ref();
             if let Some(header) = frame.header.get(frame.sent..).filter(|rest| !rest.is_empty()) {
                 segments[used] = SendSegment::slice(header);
                 used += 1;
@@ -175,7 +188,14 @@ impl Transmit {
             }
             given += frame.left();
         }
-        Ok((given, send_segments(socket, &segments[..used])))
+        let segments = &segments[..used];
+        Ok((
+            given,
+            match descriptor {
+                Some(descriptor) => send_segments_and_descriptor(socket, segments, descriptor.as_fd()),
+                None => send_segments(socket, segments),
+            },
+        ))
     }
 
     /// Counts bytes as sent; operations whose last byte is among them are done.
@@ -248,7 +268,6 @@ mod tests {
     use crate::region_table::{RegionTable, TableRegistrar, Wanted};
     use holdfast_verbs::memory::Region;
     use std::io::Read;
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     #[test]
