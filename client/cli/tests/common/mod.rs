@@ -45,9 +45,10 @@ pub fn rdma_address() -> Option<String> {
     found
 }
 
-/// The transports that can be tested here.
+/// The transports that can be tested here. `local` only where there is no RDMA device: a guest that has one is slow, and its host
+/// has tested `local`.
 pub fn transports() -> Vec<&'static str> {
-    if rdma_address().is_some() { vec!["tcp", "local", "verbs"] } else { vec!["tcp", "local"] }
+    if rdma_address().is_some() { vec!["tcp", "verbs"] } else { vec!["tcp", "local"] }
 }
 
 /// The client library's name for a transport.
