@@ -18,6 +18,7 @@ use crate::channel::request::{Done, Granted, Purpose, Request};
 use crate::claim::Claim;
 use crate::error::{Error, Result};
 use crate::recovery::rebind::{self, Trials};
+use crate::recovery::{Backoff, Patience};
 use holdfast_shared::types::{ByteRange, Status};
 use holdfast_transport::verbs::{Lane, LaneRead};
 use holdfast_transport::{Armed, Registration, SubmitError};
@@ -102,7 +103,8 @@ struct Read {
 
 impl Binding {
     /// Maps a range of the file for one-sided reads; what lies beyond the file's end is left out. The server pins all of it
-    /// in memory, which takes time for much, and counts it against the limits of this client's channel.
+    /// in memory, which takes time for much, and counts it against the limits of this client's channel. Waits while the file's
+    /// size is being changed, as the policy for waiting says.
     ///
     /// # Errors
     /// [`Status::Unsupported`] if the channel is not verbs, the server has it switched off, the volume's policy covers
@@ -115,7 +117,9 @@ impl Binding {
             return Err(Error::Usage("a mapping of no bytes".into()));
         }
         let open = self.open().ok_or(Error::Internal("a binding without an open"))?;
-        let wait = open.session().config().connect_max();
+        let config = open.session().config();
+        let (wait, mut patience, mut backoff) =
+            (config.connect_max(), Patience::new(config), Backoff::control());
         let mut trials = None;
         loop {
             open.inner.gate.check()?;
@@ -124,6 +128,10 @@ impl Binding {
                 Err(error) if rebind::is_wanted(&error) => {
                     let trials = trials.get_or_insert_with(|| Trials::new(open));
                     self.replace(trials, open, &seat).await?;
+                }
+                // The file's size is being changed: nothing of it is mapped before that has ended.
+                Err(error) if error.status() == Some(Status::Unavailable) => {
+                    patience.pause("a mapping", backoff.next()).await?;
                 }
                 outcome => return outcome,
             }

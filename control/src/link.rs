@@ -57,6 +57,8 @@ pub struct Registration {
     pub first: bool,
     /// What bindings that are gone wrote.
     pub wrote: Vec<Wrote>,
+    /// It maps ranges of files for one-sided reads.
+    pub maps: bool,
     /// Descriptors of their opens: one of each, as many as are still wanted.
     pub descriptors: HashMap<OpenId, OwnedFd>,
 }
@@ -283,6 +285,7 @@ async fn collect(
         service_blob: register.service_blob,
         first: register.first,
         wrote: register.wrote,
+        maps: register.maps,
         ..Registration::default()
     };
     for got in 0..register.held {

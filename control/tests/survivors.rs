@@ -65,6 +65,7 @@ async fn rsm_18_a_living_dataplane_brings_back_descriptors_and_bindings() {
         held: 2,
         first: false,
         wrote: Vec::new(),
+        maps: false,
     }));
     half.say_with(&ToControl::Held(held[0].0), &descriptor);
     drop(half);
@@ -115,6 +116,7 @@ async fn registrations_of_another_version_or_beyond_all_bounds_are_refused() {
             held,
             first: false,
             wrote: Vec::new(),
+            maps: false,
         }));
         assert_eq!(dataplane.registered(), Some(status));
         assert!(status == Status::Ok || dataplane.hear().is_none(), "the link ends");

@@ -6,16 +6,16 @@ mod common;
 
 use common::{Client, Rig, Server, Told, eventually, pattern};
 use holdfast_dataplane::config::MapConfig;
-use holdfast_dataplane::engine::{FileIo, KernelFile, Opener};
+use holdfast_dataplane::engine::{FileId, FileIo, KernelFile, Opener};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::data::Mapped;
-use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
+use holdfast_shared::wire::link::{Fence, Restrict, Restricted, Withdraw};
 use holdfast_transport::verbs::{Lane, LaneRead};
 use holdfast_transport::{OperationError, Registration};
 use holdfast_verbs::memory::Nowait;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -360,4 +360,38 @@ fn other_transports_have_none() {
     assert_eq!(client.map(binding, 0, 1, [0; 20]), Err(Status::Unsupported));
     assert_eq!(client.unmap(binding, 1), Status::Unsupported);
     assert_eq!(client.read(binding, 0, 7), (Status::Ok, b"content".to_vec()));
+}
+
+#[test]
+fn a_file_that_is_to_be_cut_short_is_served_to_nobody_first_and_mapped_by_nobody_meanwhile() {
+    let Some(server) = start(on()) else { return };
+    let (mut client, binding, open) = server.bound(&[b'a'; 20_000]);
+    let mut view = map(&server, &mut client, binding, 0, 8192).unwrap();
+    let (mut beside, of_other, _other) = server.bound(&[b'b'; 20_000]);
+    let mut other = map(&server, &mut beside, of_other, 0, 8192).unwrap();
+    let file = FileId::of(open.file.as_fd()).unwrap();
+    let withdraw = |id| Withdraw { id, device: file.0, inode: file.1 };
+    let told = |id| server.rig.control.told().contains(&Told::Withdrawn(id));
+    server.rig.engine.withdraw(withdraw(7));
+    eventually("withdrawn", || told(7));
+    assert!(view.read(&client, 0, 10).is_err(), "confirmed, and yet it is served");
+    assert_eq!(other.read(&beside, 0, 10).unwrap(), [b'b'; 10], "another file is none of it");
+    // The channel, the binding and the server-driven way go on.
+    assert_eq!(client.read(binding, 0, 3), (Status::Ok, b"aaa".to_vec()));
+    assert_eq!(map(&server, &mut client, binding, 0, 8192).map(drop), Err(Status::Unavailable));
+    // Two changes at once: the file is barred until both have ended.
+    server.rig.engine.withdraw(withdraw(8));
+    eventually("withdrawn, of nothing", || told(8));
+    open.file.set_len(100).unwrap();
+    server.rig.engine.mappable(7);
+    assert_eq!(map(&server, &mut client, binding, 0, 8192).map(drop), Err(Status::Unavailable));
+    server.rig.engine.mappable(8);
+    let mut view = map(&server, &mut client, binding, 0, 8192).unwrap();
+    assert_eq!((view.mapped.length.get(), view.read(&client, 0, 100).unwrap()), (100, vec![b'a'; 100]));
+    // What an earlier control had asked for is forgotten when another asks what there is.
+    server.rig.engine.withdraw(withdraw(9));
+    eventually("withdrawn", || told(9));
+    let mut snapshot = server.rig.engine.snapshot();
+    eventually("gathered", || snapshot.gather(Duration::from_millis(10)));
+    assert!(map(&server, &mut client, binding, 0, 8192).is_ok());
 }

@@ -7,7 +7,7 @@ mod common;
 
 use common::{DEADLINE, Deployment, Wish, pattern, rdma_address};
 use holdfast_client::{
-    Binding, Config, Disposition, Error, LockItem, LockKind, LockOptions, LockRange, Mapping, Open,
+    Binding, Changes, Config, Disposition, Error, LockItem, LockKind, LockOptions, LockRange, Mapping, Open,
     OpenOptions, Place, Region, Session, Status, Transport,
 };
 use holdfast_verbs::{Device, FileRegistration};
@@ -162,5 +162,59 @@ fn a_server_that_has_it_switched_off_says_so() {
         let (_open, binding) = bound(&server, OpenOptions::read()).await;
         let refused = binding.map(0..4096).await.unwrap_err();
         assert_eq!(refused.status(), Some(Status::Unsupported), "{refused}");
+    });
+}
+
+/// Cut short by this handle, by another, and by an open that discards what is there: the answer means that nobody is served
+/// what is gone.
+#[test]
+fn what_is_cut_short_through_the_server_is_served_to_nobody_once_that_is_answered() {
+    let Some((server, content)) = server() else { return };
+    runtime().block_on(async {
+        let (open, binding) = bound(&server, OpenOptions::read_write()).await;
+        let (other, _others) = bound(&server, OpenOptions::read_write()).await;
+        let region = Region::allocate(SIZE).unwrap();
+        for (n, by) in [&open, &other].into_iter().enumerate() {
+            let length = 100_000 - n as u64;
+            let mapping = binding.map(0..SIZE as u64).await.unwrap();
+            assert_eq!(mapping.read_at(&region, 0..4096, 0).await.unwrap(), 4096);
+            let size = Changes { size: Some(length), ..Changes::default() };
+            assert_eq!(by.set_attributes(&size).await.unwrap().size, length);
+            assert!(matches!(mapping.read_at(&region, 0..4096, 0).await, Err(Error::MappingLost)), "{n}");
+            let again = binding.map(0..SIZE as u64).await.unwrap();
+            assert_eq!(again.len(), length);
+            assert_eq!(again.read_at(&region, 0..SIZE, 0).await.unwrap() as u64, length);
+            assert_eq!(bytes(&region, 0..length as usize), content[..length as usize]);
+            // A change of something else takes nothing away.
+            let mode = Changes { mode: Some(0o640), ..Changes::default() };
+            by.set_attributes(&mode).await.unwrap();
+            assert_eq!(again.read_at(&region, 0..100, 0).await.unwrap(), 100);
+            std::fs::write(server.volume().join("f"), &content).unwrap();
+        }
+        let mapping = binding.map(0..SIZE as u64).await.unwrap();
+        let session = Session::connect(&Config::load(&server.config()).unwrap()).await.unwrap();
+        let place = Place { volume: "data".into(), path: "f".into() };
+        let discard = OpenOptions::read_write().disposition(Disposition::Overwrite, 0);
+        let _emptied = session.open(&place, &discard).await.unwrap();
+        assert!(matches!(mapping.read_at(&region, 0..4096, 0).await, Err(Error::MappingLost)), "discarded");
+        assert_eq!(server.gauges()["dataplane.mappings"], 0);
+    });
+}
+
+/// A data plane that stands still may serve what is mapped: who wants to cut the file short waits, as long as it takes.
+#[test]
+fn a_change_of_size_waits_for_a_data_plane_that_stands_still_and_goes_on_when_it_is_dead() {
+    let Some((server, _content)) = server() else { return };
+    runtime().block_on(async {
+        let (open, binding) = bound(&server, OpenOptions::read_write()).await;
+        let _mapping = binding.map(0..SIZE as u64).await.unwrap();
+        common::signal(server.dataplane_pid, rustix::process::Signal::STOP);
+        let size = Changes { size: Some(10), ..Changes::default() };
+        let mut cut = Box::pin(open.set_attributes(&size));
+        let early = tokio::time::timeout(std::time::Duration::from_millis(300), &mut cut).await;
+        assert!(early.is_err(), "answered, while the data plane may serve what is gone");
+        assert_eq!(std::fs::metadata(server.volume().join("f")).unwrap().len(), SIZE as u64);
+        common::signal(server.dataplane_pid, rustix::process::Signal::KILL);
+        assert_eq!(cut.await.unwrap().size, 10);
     });
 }

@@ -29,11 +29,14 @@ pub(super) struct Link {
     pub(super) packets: mpsc::UnboundedSender<LinkPacket>,
     pub(super) questions: BTreeMap<u64, oneshot::Sender<Vec<Gauge>>>,
     pub(super) last_question: u64,
+    /// It maps ranges of files, and must be told before bytes are taken away from one.
+    pub(super) maps: bool,
 }
 
 /// A dataplane whose link has closed and whose death is waited for.
 pub(super) struct Silent {
     link: u64,
+    pub(super) maps: bool,
     waits: tokio::task::AbortHandle,
 }
 
@@ -49,7 +52,7 @@ impl Driver {
             return;
         }
         tracing::warn!("the link has closed; opens and their bindings stay");
-        self.link = None;
+        let maps = self.link.take().is_some_and(|link| link.maps);
         self.gauges.link_up.store(0, Relaxed);
         self.input(Input::LinkDown);
         let done = self.done.clone();
@@ -60,13 +63,14 @@ impl Driver {
                 tracing::error!("dataplane's end cannot be seen; its bindings stay until it registers");
             }
         });
-        self.silent = Some(Silent { link: id, waits: waits.abort_handle() });
+        self.silent = Some(Silent { link: id, maps, waits: waits.abort_handle() });
     }
 
     pub(super) fn dataplane_died(&mut self, id: u64) {
         if self.silent.take_if(|silent| silent.link == id).is_some() {
             tracing::warn!("dataplane is dead and its bindings are gone; opens stay");
             self.input(Input::LinkLost);
+            self.nothing_is_mapped();
         }
     }
 
@@ -91,7 +95,7 @@ impl Driver {
         self.gauges.link_up.store(1, Relaxed);
         // Its registration says what of all that was bound before is still there.
         self.silent = None;
-        let Registration { service_blob, held, first, wrote, .. } = registration;
+        let Registration { service_blob, held, first, wrote, maps, .. } = registration;
         if first {
             // Nobody is left who knows what the bindings of before last wrote.
             self.input(Input::LinkLost);
@@ -100,7 +104,12 @@ impl Driver {
         self.input(Input::LinkUp { service_blob, held });
         // It has been taken. What follows from it comes behind: effects are performed later.
         let _ = packets.send(registered);
-        self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0 });
+        self.link = Some(Link { id, packets, questions: BTreeMap::new(), last_question: 0, maps });
+        if maps {
+            self.withdraw_again();
+        } else {
+            self.nothing_is_mapped();
+        }
     }
 
     pub(super) fn link_message(&mut self, message: ToControl) -> anyhow::Result<()> {
@@ -115,6 +124,7 @@ impl Driver {
                 tracing::warn!("dataplane tells of a binding outside of a registration; ignored");
             }
             ToControl::Restricted(restricted) => self.input(Input::Restricted(restricted)),
+            ToControl::Withdrawn(id) => self.withdrawn(id),
             ToControl::Fenced(fence) => self.input(Input::Fenced(fence)),
             ToControl::Released(binding) => self.input(Input::Released(binding)),
             ToControl::Gauges(gauges) => {

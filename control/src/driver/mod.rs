@@ -16,6 +16,7 @@ mod operator;
 mod records;
 #[cfg(test)]
 mod records_tests;
+mod shrink;
 #[cfg(test)]
 mod tests;
 
@@ -27,12 +28,13 @@ use crate::notify::Store;
 use crate::volume::Volume;
 use dataplane::{Link, Silent};
 use files::Done;
-use holdfast_shared::state::{Authority, Effect, FileId, Fresh, Input, Inspected, SessionBegan};
+use holdfast_shared::state::{Authority, Effect, FileId, Fresh, Input, Inspected, OperationId, SessionBegan};
 use holdfast_shared::types::{OpenId, SessionId, Status, Timestamp, VolumeId};
 use holdfast_shared::wire::control::{Refusal, ReplyMessage, Request};
 use holdfast_shared::wire::link::{Gauge, RedeemResult, Redeemed, ToControl, ToDataplane};
 use records::Records;
-use std::collections::HashMap;
+use shrink::Shrinking;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -130,6 +132,8 @@ pub struct Driver {
     link: Option<Link>,
     /// The dataplane whose link has closed, while it may live.
     silent: Option<Silent>,
+    /// Changes that take bytes away from files which may be mapped.
+    shrinking: BTreeMap<OperationId, Shrinking>,
     done: mpsc::UnboundedSender<Done>,
     results: mpsc::UnboundedReceiver<Done>,
     journal_events: mpsc::UnboundedReceiver<JournalEvent>,
@@ -153,6 +157,7 @@ impl Driver {
             files: recovered.files,
             link: None,
             silent: None,
+            shrinking: BTreeMap::new(),
             done,
             results,
             journal_events: hands.journal_events,
@@ -348,7 +353,12 @@ impl Driver {
     fn finished(&mut self, done: Done) {
         match done {
             Done::DataplaneDied(id) => self.dataplane_died(id),
-            Done::Input(input) => self.input(input),
+            Done::Input(input) => {
+                if let Input::Performed { operation, .. } = &input {
+                    self.performed(*operation);
+                }
+                self.input(input);
+            }
             Done::Opened(operation, file, result) => {
                 let result = result.map(|(opened, held)| {
                     self.files.insert(file, HeldFile::Open(held));
@@ -399,7 +409,7 @@ impl Driver {
                 }
             }
             Effect::Resolve { operation, names } => self.resolve(operation, names),
-            Effect::Perform { operation, work } => self.work(operation, work),
+            Effect::Perform { operation, work } => self.perform(operation, work),
             Effect::Grant { id, file, grant } => match self.fd(file) {
                 Ok(fd) => {
                     tracing::debug!(open = %grant.open, handle = %grant.handle, "bind granted");

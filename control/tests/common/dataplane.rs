@@ -61,6 +61,7 @@ impl Dataplane {
             held: 0,
             first: true,
             wrote: Vec::new(),
+            maps: false,
         }));
         self.registered()
     }
@@ -74,6 +75,7 @@ impl Dataplane {
             held: count,
             first: false,
             wrote: Vec::new(),
+            maps: false,
         };
         self.say(&ToControl::Register(register));
         held.iter().for_each(|(held, descriptor)| self.say_with(&ToControl::Held(*held), descriptor));

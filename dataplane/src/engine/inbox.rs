@@ -8,7 +8,7 @@
 
 use super::backend::Done;
 use super::bind::Redemption;
-use super::mapper::{ExposeDone, WithdrawDone};
+use super::mapper::{ExposeDone, WithdrawDone, Withdrawal};
 use super::pinner::PinDone;
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
@@ -37,6 +37,8 @@ pub(crate) enum Letter {
     Exposed(Box<ExposeDone>),
     /// A mapping was withdrawn.
     Withdrawn(WithdrawDone),
+    /// What is mapped of a file is to be withdrawn.
+    Withdraw(Arc<Withdrawal>),
     /// The pinner has pinned an extent of a file, or could not.
     Pinned(Box<PinDone>),
     /// The pinner has unpinned so many bytes.

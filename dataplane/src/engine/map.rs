@@ -17,6 +17,7 @@
 use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Phase, Token};
 use super::mapper::{Expose, ExposeDone, Reserved, Withdraw, WithdrawDone};
+use super::pinned::FileId;
 use super::request::{Ask, Request, Step};
 use holdfast_shared::types::{Access, ByteRange, OpenId, Status};
 use holdfast_shared::wire::data::{Map, Mapped, Opcode, Writer};
@@ -44,6 +45,7 @@ struct Mapping {
     number: u32,
     binding: BindingRef,
     range: ByteRange,
+    file: FileId,
     exposed: Exposed,
     reserved: Reserved,
 }
@@ -180,10 +182,11 @@ impl Conn {
         };
         let allowed = if self.phase == Phase::Open { allowed } else { Err(Status::Closed) };
         let status = match (outcome, allowed, request.binding) {
-            (Ok((exposed, reserved)), allowed, Some(binding)) => {
+            (Ok((exposed, reserved, file)), allowed, Some(binding)) => {
                 self.maps.last += 1;
-                let mapping = Mapping { number: self.maps.last, binding, range, exposed, reserved };
-                match allowed {
+                let mapping = Mapping { number: self.maps.last, binding, range, file, exposed, reserved };
+                let barred = cx.maps.as_ref().is_some_and(|maps| maps.is_barred(file));
+                match if barred { Err(Status::Unavailable) } else { allowed } {
                     Ok(()) => {
                         let granted = Mapped {
                             credits: 1.into(),
@@ -277,6 +280,11 @@ impl Conn {
         self.withdraw_those(cx, |mapping| mapping.binding == name);
     }
 
+    /// Withdraws all mappings of a file.
+    pub(super) fn withdraw_file(&mut self, cx: &Cx, file: FileId) {
+        self.withdraw_those(cx, |mapping| mapping.file == file);
+    }
+
     /// Withdraws all mappings.
     pub(super) fn withdraw_every(&mut self, cx: &Cx) {
         self.withdraw_those(cx, |_| true);
@@ -320,8 +328,7 @@ impl Conn {
         self.storage_ops += 1;
         self.maps.withdrawing.push(binding);
         let Some(maps) = &cx.maps else { return };
-        // The thread ends after the workers: it takes it.
-        let _ = maps.withdraw.send(Withdraw { worker: cx.worker, done, exposed, reserved });
+        maps.withdraw(Withdraw { worker: cx.worker, done, exposed, reserved });
     }
 
     /// Mappings of an open that are being withdrawn.

@@ -8,16 +8,18 @@
 //! A mapping that cannot be withdrawn ends the process: a fence could never be confirmed, and nothing else takes the pages back
 //! from the device.
 
-use super::ConnKey;
 use super::backend::FileIo;
 use super::binding::BindingRef;
 use super::inbox::{Inbox, Letter};
+use super::pinned::FileId;
+use super::{ConnKey, ControlPort};
 use crate::config::MapConfig;
 use crate::gauges::Gauges;
 use holdfast_shared::types::{ByteRange, Status};
 use holdfast_transport::verbs::{Claimed, Exposed, LaneEnd, Lanes};
 use parking_lot::Mutex;
 use rustix::io::Errno;
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -29,8 +31,10 @@ pub(crate) struct Maps {
     pub(crate) limits: MapConfig,
     used: Arc<Mutex<Used>>,
     gauges: Arc<Gauges>,
+    /// Files of which nothing may be mapped now, by the number of what control does to them.
+    barred: Mutex<HashMap<u64, FileId>>,
     pub(super) expose: Sender<Expose>,
-    pub(super) withdraw: Sender<Withdraw>,
+    withdraw: Sender<WithdrawJob>,
 }
 
 /// The threads, and one reference to what they serve.
@@ -93,7 +97,7 @@ pub(crate) struct ExposeDone {
     pub(super) slot: u16,
     pub(super) range: ByteRange,
     pub(super) bytes: u64,
-    pub(super) outcome: Result<(Exposed, Reserved), Status>,
+    pub(super) outcome: Result<(Exposed, Reserved, FileId), Status>,
 }
 
 /// A mapping to be withdrawn.
@@ -102,6 +106,33 @@ pub(super) struct Withdraw {
     pub(super) done: WithdrawDone,
     pub(super) exposed: Exposed,
     pub(super) reserved: Reserved,
+}
+
+/// What the withdrawer is to do, one after the other.
+enum WithdrawJob {
+    Mapping(Withdraw),
+    /// All that came before it is withdrawn now: let go of this.
+    Behind(Arc<Withdrawal>),
+}
+
+/// Control waits until nothing of a file is mapped any more. Told when the last of it is dropped: each worker hands its own to
+/// the withdrawer, behind its mappings of that file.
+pub(crate) struct Withdrawal {
+    id: u64,
+    pub(super) file: FileId,
+    port: Arc<dyn ControlPort>,
+}
+
+impl Withdrawal {
+    pub(super) fn new(id: u64, file: FileId, port: Arc<dyn ControlPort>) -> Self {
+        Self { id, file, port }
+    }
+}
+
+impl Drop for Withdrawal {
+    fn drop(&mut self) {
+        self.port.withdrawn(self.id);
+    }
 }
 
 /// A mapping was withdrawn.
@@ -131,13 +162,41 @@ impl Maps {
         let run = move || withdraw_all(&to_withdraw, &inboxes);
         threads.push(std::thread::Builder::new().name("withdrawer".into()).spawn(run)?);
         let used = Arc::default();
-        let maps = Arc::new(Self { lanes, limits, used, gauges, expose, withdraw });
+        let maps = Arc::new(Self { lanes, limits, used, gauges, barred: Mutex::default(), expose, withdraw });
         Ok(MapThreads { maps, threads })
     }
 
     /// Where listeners leave lanes.
     pub(crate) fn lanes(&self) -> &Arc<Lanes> {
         &self.lanes
+    }
+
+    /// Nothing of the file may be mapped until [`Maps::unbar`].
+    pub(super) fn bar(&self, id: u64, file: FileId) {
+        self.barred.lock().insert(id, file);
+    }
+
+    pub(super) fn unbar(&self, id: u64) {
+        self.barred.lock().remove(&id);
+    }
+
+    pub(super) fn unbar_all(&self) {
+        self.barred.lock().clear();
+    }
+
+    pub(super) fn is_barred(&self, file: FileId) -> bool {
+        self.barred.lock().values().any(|barred| *barred == file)
+    }
+
+    /// Has a mapping withdrawn.
+    pub(super) fn withdraw(&self, withdraw: Withdraw) {
+        // The thread ends after the workers: it takes it.
+        let _ = self.withdraw.send(WithdrawJob::Mapping(withdraw));
+    }
+
+    /// Lets go of it when all that was given to be withdrawn before is.
+    pub(super) fn behind_all(&self, withdrawal: Arc<Withdrawal>) {
+        let _ = self.withdraw.send(WithdrawJob::Behind(withdrawal));
     }
 
     /// A place for one mapping more, if the limits allow it.
@@ -158,9 +217,8 @@ fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
     while let Ok(Expose { worker, conn, slot, file, lane, claimed, range, reserved }) = jobs.recv() {
         let bytes = reserved.bytes;
         let outcome = match (claimed.or_else(|| lanes.claim(&lane)), usize::try_from(range.length())) {
-            (Some(claimed), Ok(length)) => claimed
-                .expose(file.descriptor(), range.offset(), length)
-                .map(|exposed| (exposed, reserved))
+            (Some(claimed), Ok(length)) => FileId::of(file.descriptor())
+                .and_then(|id| Ok((claimed.expose(file.descriptor(), range.offset(), length)?, reserved, id)))
                 .map_err(|error| {
                     tracing::debug!(%error, ?range, "a range cannot be mapped");
                     status_of(&error)
@@ -175,8 +233,15 @@ fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
     }
 }
 
-fn withdraw_all(jobs: &Receiver<Withdraw>, inboxes: &[Arc<Inbox>]) {
-    while let Ok(Withdraw { worker, done, exposed, reserved }) = jobs.recv() {
+fn withdraw_all(jobs: &Receiver<WithdrawJob>, inboxes: &[Arc<Inbox>]) {
+    while let Ok(job) = jobs.recv() {
+        let Withdraw { worker, done, exposed, reserved } = match job {
+            WithdrawJob::Mapping(withdraw) => withdraw,
+            WithdrawJob::Behind(withdrawal) => {
+                drop(withdrawal);
+                continue;
+            }
+        };
         match exposed.withdraw() {
             Ok(spent) => {
                 drop(reserved);

@@ -64,12 +64,12 @@ use backend::Storage;
 use crossbeam::atomic::AtomicCell;
 use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
-use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted, Wrote};
+use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted, Withdraw, Wrote};
 use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
 use inbox::{Inbox, Letter};
-use mapper::{MapThreads, Maps};
+use mapper::{MapThreads, Maps, Withdrawal};
 use parking_lot::Mutex;
 use pinned::PinnedFiles;
 use registry::Registry;
@@ -115,6 +115,8 @@ pub trait ControlPort: Send + Sync {
     fn released(&self, binding: LinkBinding);
     /// The rules are in force, and the I/O begun before has ended.
     fn restricted(&self, restricted: Restricted);
+    /// Nothing of the file is mapped any more which the withdrawal of that number is about.
+    fn withdrawn(&self, id: u64);
 }
 
 /// What does not change while the engine runs.
@@ -338,10 +340,34 @@ impl Engine {
         }
     }
 
+    /// Control is about to take bytes away from a file. Answered when no byte of it is served one-sided any more; and none is
+    /// mapped before [`Engine::mappable`], or the next [`Engine::snapshot`].
+    pub fn withdraw(&self, withdraw: Withdraw) {
+        let mapping = self.mapping.lock();
+        let Some(threads) = &*mapping else { return self.port.withdrawn(withdraw.id) };
+        let file = FileId(withdraw.device, withdraw.inode);
+        // Before the workers look: what is mapped from now on is refused.
+        threads.maps.bar(withdraw.id, file);
+        let withdrawal = Arc::new(Withdrawal::new(withdraw.id, file, Arc::clone(&self.port)));
+        for inbox in &self.inboxes {
+            inbox.send(Letter::Withdraw(Arc::clone(&withdrawal)));
+        }
+    }
+
+    /// The change of that number has ended.
+    pub fn mappable(&self, id: u64) {
+        if let Some(threads) = &*self.mapping.lock() {
+            threads.maps.unbar(id);
+        }
+    }
+
     /// Begins to gather all bindings there are, those included whose grants have just been left for a worker. For a control
     /// that comes after another: rules may come in any version then, and restrictions not yet confirmed never are.
     pub fn snapshot(&self) -> Snapshot {
         self.registry.forget_versions();
+        if let Some(threads) = &*self.mapping.lock() {
+            threads.maps.unbar_all();
+        }
         let (to, from) = std::sync::mpsc::channel();
         for inbox in &self.inboxes {
             inbox.send(Letter::Snapshot(to.clone()));

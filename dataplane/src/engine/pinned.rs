@@ -20,7 +20,9 @@ use crate::config::EngineConfig;
 use crate::gauges::Gauges;
 use holdfast_transport::verbs::{PinnedFile, Pinner};
 use std::collections::HashMap;
+use std::io;
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -49,6 +51,17 @@ pub(super) const SETTLED: Duration = Duration::from_millis(100);
 /// One file, by device and inode number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FileId(pub u64, pub u64);
+
+impl FileId {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of(file: BorrowedFd<'_>) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(file)?;
+        Ok(Self(stat.st_dev, stat.st_ino))
+    }
+}
 
 /// What tells one state of a file's page list from a later one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

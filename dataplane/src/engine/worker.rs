@@ -15,6 +15,7 @@
 use super::ConnKey;
 use super::channel::{Conn, Cx};
 use super::inbox::{Inbox, Letter};
+use super::mapper::Withdrawal;
 use super::pinned::PinnedFiles;
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
@@ -183,6 +184,7 @@ impl Worker {
                 Letter::Restrict(restriction) => self.restrict(&restriction),
                 Letter::Exposed(done) => self.with_conn(done.conn, |conn, cx| conn.exposed(cx, *done)),
                 Letter::Withdrawn(done) => self.with_conn(done.conn, |conn, cx| conn.withdrawn(cx, done)),
+                Letter::Withdraw(withdrawal) => self.withdraw_file(withdrawal),
                 Letter::Pinned(done) => self.pinned(|pinned, now| pinned.pinned(*done, now)),
                 Letter::Unpinned(bytes) => self.pinned(|pinned, _| pinned.unpinned(bytes)),
                 Letter::Snapshot(to) => self.snapshot(&to),
@@ -258,6 +260,15 @@ impl Worker {
             }
         }
         restriction.done();
+    }
+
+    fn withdraw_file(&mut self, withdrawal: Arc<Withdrawal>) {
+        for index in self.indexes() {
+            self.with(index, |conn, cx| conn.withdraw_file(cx, withdrawal.file));
+        }
+        if let Some(maps) = &self.cx.maps {
+            maps.behind_all(withdrawal);
+        }
     }
 
     /// Tells which bindings there are. Nobody waits for rules of an earlier control any more: the one that is told asks

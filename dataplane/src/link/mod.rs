@@ -123,6 +123,10 @@ impl ControlPort for LinkPort {
     fn restricted(&self, restricted: Restricted) {
         self.push(Outgoing::Restricted(restricted));
     }
+
+    fn withdrawn(&self, id: u64) {
+        self.push(Outgoing::Withdrawn(id));
+    }
 }
 
 /// Serves the link until stopped. `registered` is called once, after the first registration.
@@ -239,7 +243,8 @@ impl<F: FnOnce()> Link<'_, F> {
         let first = self.registered.is_some();
         // After the bindings: what ends from now on is told of as held.
         let wrote = self.engine.wrote();
-        let register = Register { version: VERSION, service_blob, held: n, first, wrote };
+        let maps = self.engine.settings().map.enabled;
+        let register = Register { version: VERSION, service_blob, held: n, first, wrote, maps };
         let register = ToControl::Register(register);
         packet::send(socket, &register, None, end)?;
         for binding in &held {
@@ -303,6 +308,7 @@ impl<F: FnOnce()> Link<'_, F> {
             Outgoing::Fenced(fence) => ToControl::Fenced(fence),
             Outgoing::Released(binding) => ToControl::Released(binding),
             Outgoing::Restricted(restricted) => ToControl::Restricted(restricted),
+            Outgoing::Withdrawn(id) => ToControl::Withdrawn(id),
         };
         packet::send(socket, &message, None, Instant::now() + SEND_DEADLINE)
     }
@@ -323,6 +329,8 @@ impl<F: FnOnce()> Link<'_, F> {
                 ordered(&restrict.rules)?;
                 self.engine.restrict(restrict);
             }
+            ToDataplane::Withdraw(withdraw) => self.engine.withdraw(withdraw),
+            ToDataplane::Mappable(id) => self.engine.mappable(id),
             ToDataplane::GetGauges(id) => {
                 let gauges = self.engine.gauges().collect();
                 let gauges = ToControl::Gauges(Gauges { id, gauges });

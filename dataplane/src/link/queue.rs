@@ -10,14 +10,15 @@ pub(super) enum Outgoing {
     Fenced(Fence),
     Released(LinkBinding),
     Restricted(Restricted),
+    Withdrawn(u64),
 }
 
 /// After all bindings were gathered, `held` by name: what is still to be told once control has answered, and the binds
 /// that are to be refused.
 ///
 /// Workers are asked one by one. Of a binding that had ended before its worker was asked, nothing is told: it is not among
-/// those held. One that ended afterwards is told of as held, so its end must be told too. A restriction was asked
-/// for by an earlier control.
+/// those held. One that ended afterwards is told of as held, so its end must be told too. A restriction or withdrawal was
+/// asked for by an earlier control.
 pub(super) fn sort_out(
     queue: &SegQueue<Outgoing>,
     held: &HashSet<LinkBinding>,
@@ -31,7 +32,10 @@ pub(super) fn sort_out(
             {
                 untold.push(message);
             }
-            Outgoing::Fenced(_) | Outgoing::Released(_) | Outgoing::Restricted(_) => {}
+            Outgoing::Fenced(_)
+            | Outgoing::Released(_)
+            | Outgoing::Restricted(_)
+            | Outgoing::Withdrawn(_) => {}
         }
     }
     (untold, tickets)
@@ -49,6 +53,7 @@ mod tests {
         queue.push(Outgoing::Fenced(fence(1)));
         queue.push(Outgoing::Fenced(fence(2)));
         queue.push(Outgoing::Restricted(Restricted { open: OpenId([1; 16]), version: 9 }));
+        queue.push(Outgoing::Withdrawn(9));
         queue.push(Outgoing::Released(LinkBinding(3)));
         queue.push(Outgoing::Released(LinkBinding(4)));
         let held = [2, 4, 5].map(LinkBinding).into();

@@ -88,6 +88,7 @@ pub enum Told {
     Fenced(Fence),
     Released(LinkBinding),
     Restricted(Restricted),
+    Withdrawn(u64),
 }
 
 pub struct FakeControl {
@@ -171,7 +172,7 @@ impl FakeControl {
             .filter_map(|told| match told {
                 Told::Fenced(fence) => Some(fence.binding),
                 Told::Released(binding) => Some(*binding),
-                Told::Restricted(_) => None,
+                Told::Restricted(_) | Told::Withdrawn(_) => None,
             })
             .collect();
         let mut granted = self.granted.lock().unwrap().clone();
@@ -230,5 +231,9 @@ impl ControlPort for FakeControl {
 
     fn restricted(&self, restricted: Restricted) {
         self.told.lock().unwrap().push(Told::Restricted(restricted));
+    }
+
+    fn withdrawn(&self, id: u64) {
+        self.told.lock().unwrap().push(Told::Withdrawn(id));
     }
 }

@@ -76,6 +76,9 @@ pub enum ToControl {
     /// ended. An open without bindings is answered at once.
     #[n(6)]
     Restricted(#[n(0)] Restricted),
+    /// Answer to `Withdraw`, with its number: no byte of the file is served one-sided any more.
+    #[n(7)]
+    Withdrawn(#[n(0)] u64),
 }
 
 /// From control to dataplane.
@@ -96,6 +99,27 @@ pub enum ToDataplane {
     /// New rules for what the I/O of an open's bindings may touch; they replace the earlier ones.
     #[n(4)]
     Restrict(#[n(0)] Restrict),
+    /// Bytes are about to be taken away from a file: withdraw what is mapped of it, say so, and map nothing of it until `Mappable`.
+    #[n(5)]
+    Withdraw(#[n(0)] Withdraw),
+    /// The change that a `Withdraw` of this number came before has ended.
+    #[n(6)]
+    Mappable(#[n(0)] u64),
+}
+
+/// See [`ToDataplane::Withdraw`]. One that was asked for on an earlier link is forgotten with a registration; control asks
+/// again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Withdraw {
+    /// Names it, until `Mappable`.
+    #[n(0)]
+    pub id: u64,
+    /// The file's device number.
+    #[n(1)]
+    pub device: u64,
+    /// The file's inode number.
+    #[n(2)]
+    pub inode: u64,
 }
 
 /// See [`ToControl::Register`].
@@ -117,6 +141,9 @@ pub struct Register {
     /// Opens whose bindings wrote and are gone, each once; at most [`WROTE_MAX`], those that ended last.
     #[n(4)]
     pub wrote: Vec<Wrote>,
+    /// It maps ranges of files for one-sided reads: it wants to be told before bytes are taken away from one.
+    #[n(5)]
+    pub maps: bool,
 }
 
 /// An open of which a binding wrote that is gone: a change of its file up to then may have been its own.
