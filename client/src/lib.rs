@@ -38,7 +38,7 @@ pub use error::{Ended, Error, Refusal, Result};
 pub use mapping::Mapping;
 pub use open::{Event, Events, LockOptions, Open, OpenOptions};
 pub use recovery::resume::{ResumeOptions, Resumed};
-pub use region::Region;
+pub use region::{Region, RegionMemory};
 pub use requests::{Changes, Listing};
 pub use session::Session;
 pub use stripe::{RAILS_MAX, RailState, Stripes};
