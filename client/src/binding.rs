@@ -492,39 +492,44 @@ impl Binding {
     }
 
     async fn flush_as(&self, data_only: bool) -> Result<()> {
-        let inner = &*self.inner;
         let mut trials = None;
         loop {
-            let number = match &inner.open {
-                Some(open) => {
-                    open.inner.gate.check()?;
-                    open.inner.durable.begin()?
-                }
-                None => 0,
-            };
-            let seat = inner.seat.load_full();
-            let submitted =
-                seat.channel.submit(Some(&seat.core), Request::Flush { data_only }, Purpose::Flush).await;
-            let outcome = match submitted {
-                Ok(reply) => reply.count().await.map(drop),
-                Err(error) => Err(error),
-            };
-            match (outcome, &inner.open) {
+            let seat = self.seat();
+            match (self.flush_once(&seat, data_only).await, &self.inner.open) {
                 (Err(error), Some(open)) if rebind::is_wanted(&error) => {
                     let trials = trials.get_or_insert_with(|| Trials::new(open));
-                    trials.replace(inner, open, &seat).await?;
+                    trials.replace(&self.inner, open, &seat).await?;
                 }
-                (Err(Error::WritesLost), Some(open)) => {
-                    open.inner.durable.lose();
-                    return Err(Error::WritesLost);
-                }
-                (Err(error), Some(open)) if matches!(error.status(), Some(Status::Io | Status::NoSpace)) => {
-                    // The kernel tells a failed write-back once, and forgets the bytes: a later flush would succeed.
-                    open.inner.durable.lose();
-                    return Err(error);
-                }
-                (Ok(()), Some(open)) => return open.inner.durable.done(number),
                 (outcome, _) => return outcome,
+            }
+        }
+    }
+
+    /// One flush on this seat, whatever becomes of it.
+    pub(crate) async fn flush_once(&self, seat: &Arc<Seat>, data_only: bool) -> Result<()> {
+        let number = match self.open() {
+            Some(open) => {
+                open.inner.gate.check()?;
+                open.inner.durable.begin()?
+            }
+            None => 0,
+        };
+        let submitted =
+            seat.channel.submit(Some(&seat.core), Request::Flush { data_only }, Purpose::Flush).await;
+        let outcome = match submitted {
+            Ok(reply) => reply.count().await.map(drop),
+            Err(error) => Err(error),
+        };
+        let Some(open) = self.open() else { return outcome };
+        match outcome {
+            Ok(()) => open.inner.durable.done(number),
+            Err(error) => {
+                // The kernel tells a failed write-back once, and forgets the bytes: a later flush would succeed.
+                let failed = matches!(error.status(), Some(Status::Io | Status::NoSpace));
+                if !rebind::is_wanted(&error) && (failed || matches!(error, Error::WritesLost)) {
+                    open.inner.durable.lose();
+                }
+                Err(error)
             }
         }
     }

@@ -29,10 +29,21 @@ impl Open {
     /// # Errors
     /// [`Status::Unavailable`] if there is no data plane; else why the last endpoint could not be reached.
     pub async fn connect(&self, transport: Transport) -> Result<DataChannel> {
+        self.connect_nth(transport, 0).await
+    }
+
+    /// As [`Open::connect`], beginning with the server's `nth` endpoint of each transport (round, if it names fewer): so that
+    /// several channels use several of them, and with them several networks.
+    ///
+    /// # Errors
+    /// As [`Open::connect`].
+    pub async fn connect_nth(&self, transport: Transport, nth: usize) -> Result<DataChannel> {
         let deadline = Instant::now() + self.session().config().connect_max();
         loop {
-            let error = match self.connect_once(transport).await {
-                Ok((shared, why_not_verbs)) => return Ok(DataChannel::new(shared, transport, why_not_verbs)),
+            let error = match self.connect_once(transport, nth).await {
+                Ok((shared, why_not_verbs)) => {
+                    return Ok(DataChannel::new(shared, transport, nth, why_not_verbs));
+                }
                 Err(error) => error,
             };
             let may_pass = matches!(error, Error::Io { .. } | Error::Ended { .. })
@@ -47,7 +58,11 @@ impl Open {
     }
 
     /// One attempt; says why it is not verbs, if that was to be tried.
-    pub(crate) async fn connect_once(&self, transport: Transport) -> Result<(Arc<Shared>, Option<String>)> {
+    pub(crate) async fn connect_once(
+        &self,
+        transport: Transport,
+        nth: usize,
+    ) -> Result<(Arc<Shared>, Option<String>)> {
         let grant = self.grant();
         if grant.service_blob.is_empty() {
             return Err(Error::refused(Status::Unavailable));
@@ -68,28 +83,29 @@ impl Open {
             Transport::Tcp => Some(TransportKind::Tcp),
         };
         if let Some(kind) = only {
-            return Ok((self.try_all(&blob, kind).await?, None));
+            return Ok((self.try_all(&blob, kind, nth).await?, None));
         }
-        match self.try_all(&blob, TransportKind::Local).await {
+        match self.try_all(&blob, TransportKind::Local, nth).await {
             Ok(channel) => return Ok((channel, None)),
             // The usual case: the server is elsewhere.
             Err(Error::Usage(why)) => tracing::debug!(why, "not local"),
             Err(error) => tracing::info!(%error, "the server is on this host, and its socket can't be used"),
         }
-        let why_not_verbs = match self.try_all(&blob, TransportKind::Verbs).await {
+        let why_not_verbs = match self.try_all(&blob, TransportKind::Verbs, nth).await {
             Ok(channel) => return Ok((channel, None)),
             Err(error) => error.to_string(),
         };
-        Ok((self.try_all(&blob, TransportKind::Tcp).await?, Some(why_not_verbs)))
+        Ok((self.try_all(&blob, TransportKind::Tcp, nth).await?, Some(why_not_verbs)))
     }
 
-    /// Tries the endpoints of one transport in the server's order.
-    async fn try_all(&self, blob: &ServiceBlob, kind: TransportKind) -> Result<Arc<Shared>> {
+    /// Tries the endpoints of one transport in the server's order, from the `nth` on and round.
+    async fn try_all(&self, blob: &ServiceBlob, kind: TransportKind, nth: usize) -> Result<Arc<Shared>> {
         if kind == TransportKind::Verbs {
             local_rdma()?;
         }
         let mut last = Error::Usage(format!("the server offers no {} endpoint", kind.name()));
-        for endpoint in blob.endpoints.iter().filter(|endpoint| endpoint.transport == kind) {
+        let all: Vec<_> = blob.endpoints.iter().filter(|endpoint| endpoint.transport == kind).collect();
+        for endpoint in all.iter().cycle().skip(nth % all.len().max(1)).take(all.len()) {
             match self.try_one(blob, endpoint).await {
                 Ok(channel) => return Ok(channel),
                 Err(error) => last = error,

@@ -28,6 +28,7 @@ mod requests;
 mod scripted;
 mod session;
 pub mod stream;
+mod stripe;
 mod tls;
 
 pub use binding::Binding;
@@ -37,9 +38,10 @@ pub use error::{Ended, Error, Refusal, Result};
 pub use mapping::Mapping;
 pub use open::{Event, Events, LockOptions, Open, OpenOptions};
 pub use recovery::resume::{ResumeOptions, Resumed};
-pub use region::Region;
+pub use region::{Region, RegionMemory};
 pub use requests::{Changes, Listing};
 pub use session::Session;
+pub use stripe::{RAILS_MAX, RailState, Stripes};
 
 pub use holdfast_shared::auth::MacPolicy;
 pub use holdfast_shared::types::{

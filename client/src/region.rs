@@ -7,8 +7,21 @@ use holdfast_verbs::memory;
 use parking_lot::Mutex;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+
+/// Bytes of all regions of this process that live, and the most there ever were.
+static LIVING: AtomicU64 = AtomicU64::new(0);
+static LIVING_MAX: AtomicU64 = AtomicU64::new(0);
+
+/// Memory of all regions of this process: see [`Region::memory`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RegionMemory {
+    /// Of those that live, bytes.
+    pub bytes: u64,
+    /// The most there ever were at once, bytes.
+    pub bytes_max: u64,
+}
 
 /// Memory that the server of a channel may read and write while requests name it. Cheap to clone: clones are the
 /// same memory.
@@ -28,6 +41,12 @@ struct Inner {
     registrations: Mutex<Vec<(Weak<Shared>, Arc<Registration>)>>,
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        LIVING.fetch_sub(self.memory.len() as u64, Ordering::Relaxed);
+    }
+}
+
 impl Region {
     /// Zeroed, page-aligned memory of `length` bytes, 1 to 2^32 - 1.
     ///
@@ -39,7 +58,16 @@ impl Region {
         }
         let memory = memory::Region::new(length)
             .map_err(|error| Error::io(format!("cannot allocate a region of {length} bytes"), error))?;
+        let living = LIVING.fetch_add(memory.len() as u64, Ordering::Relaxed) + memory.len() as u64;
+        LIVING_MAX.fetch_max(living, Ordering::Relaxed);
         Ok(Self { inner: Arc::new(Inner { memory, registrations: Mutex::new(Vec::new()) }) })
+    }
+
+    /// How much memory all regions of this process have: those of the application, those that streams make for themselves,
+    /// and those that a request under way still needs. Registered with several channels, the same memory counts once here,
+    /// and with verbs once for each channel in what the kernel calls pinned (`VmPin`, `ulimit -l`).
+    pub fn memory() -> RegionMemory {
+        RegionMemory { bytes: LIVING.load(Ordering::Relaxed), bytes_max: LIVING_MAX.load(Ordering::Relaxed) }
     }
 
     /// Bytes.

@@ -1,4 +1,12 @@
-//! Whole files between a local file and a binding, pipelined, with bounded memory and no copy in this process.
+//! Streams of a file's bytes, in order and pipelined, with bounded memory: through one binding, or several channels.
+//!
+//! | what | for |
+//! |---|---|
+//! | [`Reader`] | reading ahead of an application that reads in order |
+//! | [`Writer`] | writing behind one that writes in order |
+//! | [`Streamer`] | whole files to and from local files, with no copy in this process |
+//!
+//! The [`Streamer`]:
 //!
 //! ```text
 //!   region: │ lane 0 │ lane 1 │ lane 2 │ ...      depth lanes of chunk bytes
@@ -8,8 +16,18 @@
 //!         local file          lane ◄── the server fetches or places ──► file on the server
 //! ```
 
+mod chunk;
+mod reader;
+mod target;
+mod writer;
+
+pub use chunk::Chunk;
+pub use reader::Reader;
+pub use target::Target;
+pub use writer::Writer;
+
+use crate::Region;
 use crate::error::{Error, Result};
-use crate::{Binding, Region};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -19,6 +37,54 @@ use tokio::task::JoinSet;
 
 /// Told of each piece moved, in bytes.
 pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
+
+/// How much memory a stream has: `depth` chunks of `chunk` bytes, each registered with every channel it goes by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Memory {
+    /// Chunks at most, on loan or under way.
+    pub depth: usize,
+    /// Bytes of each.
+    pub chunk: usize,
+}
+
+impl Default for Memory {
+    /// 8 MiB: 8 chunks of 1 MiB.
+    fn default() -> Self {
+        Self { depth: 8, chunk: 1 << 20 }
+    }
+}
+
+impl Memory {
+    /// All of it, bytes.
+    pub fn bytes(&self) -> usize {
+        self.depth.saturating_mul(self.chunk)
+    }
+
+    fn check(&self) -> Result<()> {
+        let Self { depth, chunk } = *self;
+        if chunk == 0 || u32::try_from(chunk).is_err() {
+            return Err(Error::Usage(format!("chunks of {chunk} bytes are no regions of 1 byte to 4 GiB")));
+        }
+        if depth == 0 || depth > DEPTH_MAX {
+            return Err(Error::Usage(format!("a stream has 1 to {DEPTH_MAX} chunks, not {depth}")));
+        }
+        Ok(())
+    }
+}
+
+/// Chunks of one stream at most.
+const DEPTH_MAX: usize = 4096;
+
+/// As tokio's traits tell it.
+fn io_error(error: Error) -> std::io::Error {
+    use std::io::ErrorKind;
+    let kind = match std::io::Error::from_raw_os_error(error.errno()).kind() {
+        // What a reader or writer of bytes would take for something of its own.
+        ErrorKind::Interrupted | ErrorKind::WouldBlock | ErrorKind::UnexpectedEof => ErrorKind::Other,
+        kind => kind,
+    };
+    std::io::Error::new(kind, error)
+}
 
 /// Moves files one after the other through one region, which is registered with a channel once.
 ///
@@ -51,7 +117,7 @@ enum Way {
 struct Work {
     way: Way,
     file: Arc<File>,
-    binding: Binding,
+    target: Target,
     region: Region,
     length: u64,
     chunk: usize,
@@ -76,7 +142,7 @@ impl Streamer {
         Ok(Self { depth, chunk, region: None })
     }
 
-    /// Writes the first `length` bytes of a local file to the binding's file. Returns how many were there: fewer if the
+    /// Writes the first `length` bytes of a local file to the target. Returns how many were there: fewer if the
     /// file was cut meanwhile. Nothing is flushed.
     ///
     /// # Errors
@@ -84,32 +150,32 @@ impl Streamer {
     pub async fn upload(
         &mut self,
         file: &Arc<File>,
-        binding: &Binding,
+        target: impl Into<Target>,
         length: u64,
         progress: Progress,
     ) -> Result<u64> {
-        self.run(Way::Up, file, binding, length, progress).await
+        self.run(Way::Up, file, target.into(), length, progress).await
     }
 
-    /// Reads the first `length` bytes of the binding's file into a local file. Returns how many were there.
+    /// Reads the first `length` bytes of the target into a local file. Returns how many were there.
     ///
     /// # Errors
     /// As [`Streamer::upload`].
     pub async fn download(
         &mut self,
         file: &Arc<File>,
-        binding: &Binding,
+        target: impl Into<Target>,
         length: u64,
         progress: Progress,
     ) -> Result<u64> {
-        self.run(Way::Down, file, binding, length, progress).await
+        self.run(Way::Down, file, target.into(), length, progress).await
     }
 
     async fn run(
         &mut self,
         way: Way,
         file: &Arc<File>,
-        binding: &Binding,
+        target: Target,
         length: u64,
         progress: Progress,
     ) -> Result<u64> {
@@ -122,7 +188,7 @@ impl Streamer {
         let work = Arc::new(Work {
             way,
             file: Arc::clone(file),
-            binding: binding.clone(),
+            target,
             region: region.clone(),
             length,
             chunk: self.chunk,
@@ -183,18 +249,11 @@ async fn chunk(work: &Arc<Work>, range: Range<usize>, offset: u64) -> Result<usi
     match work.way {
         Way::Up => {
             let count = local(work, range.clone(), offset).await?;
-            work.binding.write_all(&work.region, range.start..range.start + count, offset).await?;
+            work.target.write_all(&work.region, range.start..range.start + count, offset).await?;
             Ok(count)
         }
         Way::Down => {
-            let mut count = 0;
-            while count < range.len() {
-                let rest = range.start + count..range.end;
-                match work.binding.read_at(&work.region, rest, offset + count as u64).await? {
-                    0 => break,
-                    more => count += more,
-                }
-            }
+            let count = work.target.read_full(&work.region, range.clone(), offset).await?;
             local(work, range.start..range.start + count, offset).await
         }
     }

@@ -19,11 +19,15 @@ fn each_pattern_is_measured_and_checked_and_the_file_is_gone_afterwards() {
     for kind in transports() {
         for (rw, checked) in [("read", 1), ("write", 512), ("randread", 1), ("randwrite", 512)] {
             let before = server.gauges();
-            let told = json(
-                &server,
-                &["data:/b", "--rw", rw, "--verify", "--jobs", "2", "--depth", "4", "--transport", kind],
-            );
+            let (way, channels) =
+                (["data:/b", "--transport", kind], ["--channels", if rw == "write" { "3" } else { "1" }]);
+            let what = ["--rw", rw, "--verify", "--jobs", "2", "--depth", "4"];
+            let told = json(&server, &[&way[..], &channels, &what].concat());
             assert_eq!((told["transport"].as_str(), told["rw"].as_str()), (Some(kind), Some(rw)));
+            assert_eq!(told["channels"].to_string(), channels[1]);
+            let binds =
+                server.gauges()["dataplane.requests_bind_total"] - before["dataplane.requests_bind_total"];
+            assert!(binds >= 2 * told["channels"].as_u64().unwrap(), "{binds} binds");
             let operations = told["operations"].as_u64().unwrap();
             assert!(
                 operations > 0 && told["blocks_verified"].as_u64().unwrap() >= checked.min(operations),

@@ -174,6 +174,25 @@ fn removing_ends_where_a_name_cannot_be_told() {
 }
 
 #[test]
+fn large_files_go_by_as_many_channels_as_wanted() {
+    let server = Deployment::start();
+    let (local, back) = (server.scratch("local"), server.scratch("back"));
+    let bytes = pattern(6, LONG + 77);
+    std::fs::write(&local, &bytes).unwrap();
+    std::fs::write(server.scratch("small"), "small").unwrap();
+    let copy = |from: &str, to: &str| {
+        let told = server.ok(&["cp", "--json", "--transport", "tcp", "--channels", "3", from, to]);
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        (told["channels"].as_u64().unwrap(), told["binds"].as_u64().unwrap())
+    };
+    assert_eq!(copy(text(&local), "data:/copy"), (3, 3));
+    assert!(std::fs::read(server.volume().join("copy")).unwrap() == bytes);
+    assert_eq!(copy("data:/copy", text(&back)), (3, 3));
+    assert!(std::fs::read(&back).unwrap() == bytes);
+    assert_eq!(copy(text(&server.scratch("small")), "data:/small"), (1, 1), "not worth it");
+}
+
+#[test]
 fn a_copy_survives_planes_that_are_killed() {
     let mut server = Deployment::start();
     let (local, back) = (server.scratch("local"), server.scratch("back"));

@@ -37,6 +37,8 @@ pub struct DataChannel {
 pub(crate) struct Home {
     current: ArcSwap<Shared>,
     wanted: Transport,
+    /// With which of the server's endpoints it begins.
+    nth: usize,
     closed: AtomicBool,
     /// It was verbs once, and will be again if it can.
     was_verbs: AtomicBool,
@@ -63,12 +65,13 @@ pub(crate) fn may_heal(why: &Ended) -> bool {
 }
 
 impl DataChannel {
-    pub(crate) fn new(shared: Arc<Shared>, wanted: Transport, fallback: Option<String>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, wanted: Transport, nth: usize, fallback: Option<String>) -> Self {
         let was_verbs = AtomicBool::new(shared.identity.transport == TransportKind::Verbs);
         let home = Home {
             was_verbs,
             current: ArcSwap::new(shared),
             wanted,
+            nth,
             closed: AtomicBool::new(false),
             healing: tokio::sync::Mutex::default(),
         };
@@ -175,7 +178,7 @@ impl Home {
         let sticks = self.wanted == Transport::Auto
             && self.was_verbs.load(Ordering::Acquire)
             && since.elapsed() < STICKS_TO_VERBS;
-        match open.connect_once(if sticks { Transport::Verbs } else { self.wanted }).await {
+        match open.connect_once(if sticks { Transport::Verbs } else { self.wanted }, self.nth).await {
             Ok((shared, _)) => Ok(shared),
             Err(_) if sticks => Err(Error::refused(Status::Unavailable)),
             Err(error) => Err(error),

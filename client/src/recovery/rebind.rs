@@ -20,7 +20,9 @@ use crate::binding::{Inner, Seat};
 use crate::channel::home::{Home, may_heal};
 use crate::error::{Error, Result};
 use crate::open::Open;
+use crate::session::connection::Connection;
 use holdfast_shared::types::{Access, Status};
+use holdfast_shared::wire::service::ServiceBlob;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -75,6 +77,43 @@ impl Trials {
     }
 }
 
+/// True if writes of `old` that were not answered may still be carried out, as far as this side knows.
+pub(crate) fn may_land(open: &Open, old: &Seat) -> bool {
+    let incarnation = open.inner.life.lock().incarnation;
+    // Whether its data plane still lives is another question.
+    old.may_still_write(&old.channel.facts.instance, incarnation)
+}
+
+/// Makes sure that no write of `old` can land any more, without a new connection in its place: for those who go on over
+/// another channel of the open, which has answered since. So the data plane lives, and unless that is another one the session
+/// is replaced.
+pub(crate) async fn silence(open: &Open, old: &Seat, patience: &mut Patience) -> Result<()> {
+    let inner = &*open.inner;
+    loop {
+        let connection = inner.ready(None, patience).await?;
+        if !may_land(open, old) {
+            return Ok(());
+        }
+        let grant = patience.wait("the open's key", open.query_key()).await??;
+        // Control has one data plane at a time: if that is another, the old one is dead.
+        let now = ServiceBlob::decode(&grant.service_blob).ok().map(|blob| blob.instance);
+        if now.is_some_and(|now| now != old.channel.facts.instance) {
+            return Ok(());
+        }
+        replace_session(open, &connection, patience).await?;
+    }
+}
+
+/// Has the session replaced, so that the open's resume fences every binding that is not in use.
+async fn replace_session(open: &Open, connection: &Arc<Connection>, patience: &mut Patience) -> Result<()> {
+    tracing::info!(
+        "the data channel broke with its data plane alive and writes under way: the session is replaced to fence them"
+    );
+    open.inner.replaces.store(true, Ordering::Release);
+    connection.leave();
+    open.inner.ready(Some(connection), patience).await.map(drop)
+}
+
 /// Binds, for the first time or in the place of `old`.
 pub(crate) async fn seat(
     open: &Open,
@@ -97,12 +136,7 @@ pub(crate) async fn seat(
             (life.grant.clone(), life.secret.clone(), life.incarnation)
         };
         if old.is_some_and(|old| old.may_still_write(&channel.facts.instance, incarnation)) {
-            tracing::info!(
-                "the data channel broke with its data plane alive and writes under way: the session is replaced to fence them"
-            );
-            inner.replaces.store(true, Ordering::Release);
-            connection.leave();
-            inner.ready(Some(&connection), patience).await?;
+            replace_session(open, &connection, patience).await?;
             continue;
         }
         let request = BindRequest {

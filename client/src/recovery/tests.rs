@@ -2,6 +2,7 @@
 
 mod data;
 mod locks;
+mod stripes;
 
 use crate::scripted::{Control, Peer, SOON, file};
 use crate::{Config, Error, Event, GoneReason, Open, OpenId, OpenOptions, Recovery, ResumeOptions, Session};

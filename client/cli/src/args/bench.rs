@@ -8,7 +8,7 @@ use holdfast_client::Transport;
 /// Measure reads or writes of one file: rate, latency, CPU time
 ///
 /// Without a file of that name one is made, filled, and removed at the end. A file that is there is only read, unless
-/// --overwrite allows to destroy what it holds. Each job has a data channel and a thread of its own; sequential jobs go through
+/// --overwrite allows to destroy what it holds. Each job has data channels and a thread of its own; sequential jobs go through
 /// parts of the file of their own.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -30,6 +30,9 @@ pub(crate) struct Bench {
     /// Jobs at once
     #[arg(long, default_value = "1", value_parser = parse_count, value_name = "N")]
     pub(crate) jobs: usize,
+    /// Data channels of each job; requests of more than 1 MiB are split over them
+    #[arg(long, default_value = "1", value_parser = super::parse_channels, value_name = "N")]
+    pub(crate) channels: usize,
     /// How long to measure, seconds
     #[arg(long, default_value = "5", value_parser = clap::value_parser!(u64).range(1..=86_400), value_name = "S")]
     pub(crate) runtime: u64,

@@ -136,6 +136,9 @@ pub(crate) struct Copy {
     /// Files under way at once
     #[arg(long, default_value = "4", value_parser = parse_count, value_name = "N")]
     pub(crate) parallel: usize,
+    /// Data channels for files of 64 MiB and more; smaller ones use one
+    #[arg(long, default_value = "2", value_parser = parse_channels, value_name = "N")]
+    pub(crate) channels: usize,
     /// Do not wait until each file is on the disk
     #[arg(long)]
     pub(crate) no_flush: bool,
@@ -146,6 +149,11 @@ pub(crate) struct Copy {
 
 fn parse_count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|count| (1..=1024).contains(count)).ok_or_else(|| "1 to 1024".into())
+}
+
+fn parse_channels(text: &str) -> Result<usize, String> {
+    let range = 1..=holdfast_client::RAILS_MAX;
+    text.parse().ok().filter(|count| range.contains(count)).ok_or_else(|| format!("1 to {}", range.end()))
 }
 
 fn parse_chunk(text: &str) -> Result<usize, String> {
@@ -164,6 +172,12 @@ pub(crate) struct Cat {
     /// How bytes travel: auto, local, verbs or tcp [default: the configuration's]
     #[arg(long)]
     pub(crate) transport: Option<Transport>,
+    /// Chunks of 1 MiB read ahead
+    #[arg(long, default_value = "8", value_parser = parse_count, value_name = "N")]
+    pub(crate) depth: usize,
+    /// Data channels
+    #[arg(long, default_value = "1", value_parser = parse_channels, value_name = "N")]
+    pub(crate) channels: usize,
 }
 
 /// List a directory, or one file

@@ -1,4 +1,4 @@
-//! One job: a thread, a data channel and a binding of its own, and as many lanes as requests are to be in flight.
+//! One job: a thread and data channels of its own, and as many lanes as requests are to be in flight.
 //!
 //! ```text
 //!   job thread ── lane 0: blocks 0, depth, 2*depth …   one request after the other, each timed
@@ -12,7 +12,8 @@ use super::histogram::Histogram;
 use super::pattern;
 use crate::args::Pattern;
 use anyhow::{Context, bail};
-use holdfast_client::{Access, Binding, Open, Region, Transport};
+use holdfast_client::stream::Target;
+use holdfast_client::{Access, DataChannel, Open, Region, Stripes, Transport};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -25,6 +26,8 @@ use tokio::task::JoinSet;
 pub(super) struct Job {
     pub(super) open: Open,
     pub(super) transport: Transport,
+    /// Channels of its own.
+    pub(super) channels: usize,
     pub(super) pattern: Pattern,
     pub(super) verify: bool,
     /// Every block holds what [`pattern`] says, of generation 0.
@@ -88,12 +91,10 @@ async fn all_lanes(
     ready: &mpsc::Sender<()>,
     mut start: watch::Receiver<Option<Instant>>,
 ) -> anyhow::Result<Seen> {
-    let channel = job.open.connect(job.transport).await?;
-    let access = if job.pattern.writes() { Access::READ | Access::WRITE } else { Access::READ };
-    let binding = job.open.bind_with_access(&channel, access).await?;
+    let (channel, target) = connect(&job).await?;
     let mut lanes = Vec::new();
     for number in 0..job.depth {
-        lanes.push(Lane::new(&job, &binding, number).await?);
+        lanes.push(Lane::new(&job, &target, number).await?);
     }
     ready.send(()).await?;
     let Ok(until) = start.wait_for(Option::is_some).await.map(|until| *until) else {
@@ -108,7 +109,7 @@ async fn all_lanes(
     };
     if job.pattern.writes() {
         let begin = Instant::now();
-        binding.flush().await?;
+        target.flush().await?;
         seen.flush = Some(begin.elapsed());
         if job.verify {
             lanes = together(lanes, async |lane: &mut Lane| lane.read_back().await).await?;
@@ -116,8 +117,24 @@ async fn all_lanes(
     }
     lanes.iter().for_each(|lane| seen.merge(&lane.seen));
     drop(lanes);
-    binding.unbind().await?;
+    target.unbind().await?;
     Ok(seen)
+}
+
+/// One of its channels, and all of them bound.
+async fn connect(job: &Job) -> anyhow::Result<(DataChannel, Target)> {
+    let access = if job.pattern.writes() { Access::READ | Access::WRITE } else { Access::READ };
+    if job.channels == 1 {
+        let channel = job.open.connect(job.transport).await?;
+        let binding = job.open.bind_with_access(&channel, access).await?;
+        return Ok((channel, binding.into()));
+    }
+    let stripes = Stripes::with_access(&job.open, access)?;
+    let first = stripes.connect(job.transport).await?;
+    for _ in 1..job.channels {
+        stripes.connect(job.transport).await?;
+    }
+    Ok((first, stripes.into()))
 }
 
 /// Has every lane do its work at the same time, and gives them back.
@@ -148,7 +165,7 @@ where
 /// One request after the other.
 struct Lane {
     job: Job,
-    binding: Binding,
+    target: Target,
     region: Region,
     /// For blocks that are made or checked.
     bytes: Vec<u8>,
@@ -160,19 +177,19 @@ struct Lane {
 }
 
 impl Lane {
-    async fn new(job: &Job, binding: &Binding, number: usize) -> anyhow::Result<Self> {
+    async fn new(job: &Job, target: &Target, number: usize) -> anyhow::Result<Self> {
         let region = Region::allocate(job.block)?;
         let number = number as u64;
         let mut bytes = vec![0; job.block];
         pattern::fill(&mut bytes, number, u64::MAX);
         region.copy_in(0, &bytes)?;
         // Registers the region, outside of what is measured.
-        binding.read_at(&region, 0..job.block, 0).await?;
+        target.read_at(&region, 0..job.block, 0).await?;
         let blocks = (job.own.end - job.own.start).saturating_sub(number).div_ceil(job.depth as u64);
         let generations = if job.verify && job.pattern.writes() { blocks } else { 0 };
         Ok(Self {
             job: job.clone(),
-            binding: binding.clone(),
+            target: target.clone(),
             region,
             bytes,
             number,
@@ -229,7 +246,7 @@ impl Lane {
 
     async fn read(&mut self, block: u64) -> anyhow::Result<Duration> {
         let begin = Instant::now();
-        let count = self.binding.read_at(&self.region, 0..self.job.block, self.at(block)).await?;
+        let count = self.target.read_at(&self.region, 0..self.job.block, self.at(block)).await?;
         let took = begin.elapsed();
         if count < self.job.block {
             bail!("the file ends within block {block}: somebody has cut it meanwhile");
@@ -254,7 +271,7 @@ impl Lane {
             self.region.copy_in(0, &self.bytes)?;
         }
         let begin = Instant::now();
-        self.binding.write_all(&self.region, 0..self.job.block, self.at(block)).await?;
+        self.target.write_all(&self.region, 0..self.job.block, self.at(block)).await?;
         let took = begin.elapsed();
         if let Some(last) = self.generations.get_mut(usize::try_from(nth)?) {
             *last = generation;
@@ -270,7 +287,7 @@ impl Lane {
                 continue;
             }
             let block = self.own(nth as u64);
-            let count = self.binding.read_at(&self.region, 0..self.job.block, self.at(block)).await?;
+            let count = self.target.read_at(&self.region, 0..self.job.block, self.at(block)).await?;
             if count < self.job.block {
                 bail!("the file ends within block {block}, which was written");
             }

@@ -1,7 +1,7 @@
 //! `holdfast bench`: how fast one file is read or written, after the manner of fio.
 //!
 //! ```text
-//!   open (made, filled) ─► jobs: a thread, a channel, `depth` lanes each ─► all ready ─► start ─► histograms ─► report
+//!   open (made, filled) ─► jobs: a thread, channels, `depth` lanes each ─► all ready ─► start ─► histograms ─► report
 //! ```
 
 mod fill;
@@ -95,6 +95,7 @@ async fn measure(open: &Open, made: bool, args: &Bench) -> anyhow::Result<Report
         let job = Job {
             open: open.clone(),
             transport,
+            channels: args.channels,
             pattern: args.rw,
             verify: args.verify,
             filled,
@@ -152,6 +153,7 @@ async fn measure(open: &Open, made: bool, args: &Bench) -> anyhow::Result<Report
         block: args.bs,
         depth: args.depth,
         jobs: args.jobs,
+        channels: args.channels,
         size: all * block,
         elapsed,
         cpu,

@@ -16,6 +16,8 @@ pub(super) struct Report {
     pub(super) block: usize,
     pub(super) depth: usize,
     pub(super) jobs: usize,
+    /// Of each job.
+    pub(super) channels: usize,
     /// Bytes of the file that were used.
     pub(super) size: u64,
     pub(super) elapsed: Duration,
@@ -74,6 +76,7 @@ impl Report {
             "block_bytes": self.block,
             "depth": self.depth,
             "jobs": self.jobs,
+            "channels": self.channels,
             "size_bytes": self.size,
             "seconds": self.elapsed.as_secs_f64(),
             "operations": latencies.total(),
@@ -100,14 +103,17 @@ impl Report {
             return line(self.json());
         }
         let latencies = &self.seen.latencies;
-        let plural = if self.jobs == 1 { "" } else { "s" };
+        let plural = |count: usize| if count == 1 { "" } else { "s" };
         line(format_args!(
-            "{}: {} of {}, {} in flight, {} job{plural}, {} of the file, over {}, {:.1} s",
+            "{}: {} of {}, {} in flight, {} job{}, {} channel{}, {} of the file, over {}, {:.1} s",
             shown(&self.file),
             self.pattern(),
             size(self.block as u64),
             self.depth,
             self.jobs,
+            plural(self.jobs),
+            self.jobs * self.channels,
+            plural(self.jobs * self.channels),
             size(self.size),
             self.transport,
             self.elapsed.as_secs_f64()

@@ -219,11 +219,10 @@ async fn transfer(shared: &Shared, job: &File, streamer: &mut Streamer) -> anyho
     let made = tokio::task::spawn_blocking(move || make_part(path));
     let (local, part) = made.await?.with_context(|| format!("cannot write {}", job.to.display()))?;
     if attributes.size > 0 {
-        let binding = open.bind(shared.channel(&open).await?).await?;
-        shared.tally.bind();
-        let moved = streamer.download(&local, &binding, attributes.size, shared.tally.progress()).await?;
+        let target = shared.target(&open, attributes.size).await?;
+        let moved = streamer.download(&local, &target, attributes.size, shared.tally.progress()).await?;
         check_whole(moved, attributes.size)?;
-        binding.unbind().await?;
+        target.unbind().await?;
     }
     open.close().await?;
     let (to, flush) = (job.to.clone(), shared.flush);

@@ -1,8 +1,8 @@
 //! `holdfast cp`: files and trees between this machine and volumes.
 //!
 //! ```text
-//!   plan: walks the sources, makes directories ──jobs (bounded)──► workers: several files at once, one channel
-//!                                                                   │ each: temporary name, bytes, flush,
+//!   plan: walks the sources, makes directories ──jobs (bounded)──► workers: several files at once, one channel (large
+//!                                                                   │ files: several); each: temporary name, bytes, flush,
 //!                                                                   │       mode and time, rename
 //!                                                                   ▼
 //!                                                                 tally, progress bar
@@ -24,8 +24,10 @@ use crate::args::{Connection, Copy};
 use crate::exit::Partial;
 use crate::remote::Remote;
 use anyhow::{Context, bail};
-use holdfast_client::stream::Streamer;
-use holdfast_client::{Config, DataChannel, Open, Recovery, Session, Status, Transport};
+use holdfast_client::stream::{Streamer, Target};
+use holdfast_client::{
+    Config, DataChannel, Open, Recovery, Session, Status, Stripes, Transport, TransportKind,
+};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,6 +44,9 @@ const CHUNKS_BYTES: usize = 64 << 20;
 const CHUNK_BYTES_MIN: usize = 64 << 10;
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 
+/// Files of so many bytes are worth several channels.
+const LARGE: u64 = 64 << 20;
+
 /// Longest wait for a server that is away when what was left behind is removed, milliseconds.
 const SWEEP_MS: u64 = 3_000;
 
@@ -50,6 +55,9 @@ struct Shared {
     session: Session,
     transport: Transport,
     channel: OnceCell<DataChannel>,
+    /// Those beyond the first: for large files.
+    more: OnceCell<Vec<DataChannel>>,
+    channels: usize,
     tally: Tally,
     flush: bool,
     cancelled: watch::Receiver<bool>,
@@ -58,7 +66,46 @@ struct Shared {
 }
 
 impl Shared {
-    /// The one data channel; connected when the first file needs it.
+    /// An open of a file of `size` bytes, ready for its bytes: large ones over several channels.
+    async fn target(&self, open: &Open, size: u64) -> anyhow::Result<Target> {
+        let first = self.channel(open).await?;
+        // On the server's host one channel is as good as many, and may read the file itself.
+        let one = size < LARGE || first.transport() == TransportKind::Local;
+        let more = if one { &[] } else { self.more(open).await };
+        if more.is_empty() {
+            let binding = open.bind(first).await?;
+            self.tally.bind();
+            return Ok(binding.into());
+        }
+        let stripes = Stripes::new(open)?;
+        for channel in std::iter::once(first).chain(more) {
+            stripes.add(channel).await?;
+            self.tally.bind();
+        }
+        Ok(stripes.into())
+    }
+
+    /// The channels beyond the first; connected when the first large file needs them. It is copied without those that cannot
+    /// be had.
+    async fn more(&self, open: &Open) -> &[DataChannel] {
+        let connect = async || {
+            let mut more = Vec::new();
+            for nth in 1..self.channels {
+                match open.connect_nth(self.transport, nth).await {
+                    Ok(channel) => more.push(channel),
+                    Err(error) => {
+                        let wanted = self.channels;
+                        tracing::warn!(%error, nth, wanted, "fewer data channels than wanted");
+                        break;
+                    }
+                }
+            }
+            more
+        };
+        self.more.get_or_init(connect).await
+    }
+
+    /// The first data channel; connected when the first file needs it.
     async fn channel(&self, open: &Open) -> anyhow::Result<&DataChannel> {
         let connected = self.channel.get_or_try_init(|| open.connect(self.transport)).await;
         connected.map_err(|error| {
@@ -117,6 +164,8 @@ pub(crate) async fn run(connection: &Connection, args: &Copy) -> anyhow::Result<
         session,
         transport: config.transport,
         channel: OnceCell::new(),
+        more: OnceCell::new(),
+        channels: args.channels,
         tally: Tally::new(args.json),
         flush: !args.no_flush,
         cancelled,
@@ -130,7 +179,8 @@ pub(crate) async fn run(connection: &Connection, args: &Copy) -> anyhow::Result<
     let (failed, total) = shared.tally.failures();
     // With nothing copied there is nothing to tell people; programs get their summary always.
     if result.is_ok() && (args.json || failed == 0 || failed < total) {
-        shared.tally.report(args.json, shared.channel.get(), start.elapsed())?;
+        let channels = usize::from(shared.channel.initialized()) + shared.more.get().map_or(0, Vec::len);
+        shared.tally.report(args.json, shared.channel.get(), channels, start.elapsed())?;
     }
     let session = shared.session.clone();
     session.close().await;
@@ -327,6 +377,7 @@ mod tests {
             depth: 1,
             chunk: None,
             parallel: 1,
+            channels: 1,
             no_flush: false,
             json: false,
         })

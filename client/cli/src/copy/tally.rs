@@ -122,6 +122,7 @@ impl Tally {
         &self,
         as_json: bool,
         channel: Option<&DataChannel>,
+        channels: usize,
         elapsed: Duration,
     ) -> anyhow::Result<()> {
         let get = |counter: &AtomicU64| counter.load(Relaxed);
@@ -133,6 +134,7 @@ impl Tally {
         if as_json {
             return crate::output::line(json!({
                 "transport": transport,
+                "channels": channels,
                 "transport_reason": channel.and_then(DataChannel::fallback_reason),
                 "files": get(&self.files),
                 "directories": get(&self.directories),

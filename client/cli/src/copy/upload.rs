@@ -268,16 +268,15 @@ async fn transfer(
 ) -> anyhow::Result<()> {
     let size = source.metadata.len();
     if size > 0 || source.unsized_bytes {
-        let binding = open.bind(shared.channel(&open).await?).await?;
-        shared.tally.bind();
+        let target = shared.target(&open, size).await?;
         let mut progress = shared.tally.progress();
         loop {
             if source.unsized_bytes {
-                streamer.upload(&source.file, &binding, u64::MAX, progress).await?;
+                streamer.upload(&source.file, &target, u64::MAX, progress).await?;
             } else {
-                check_whole(streamer.upload(&source.file, &binding, size, progress).await?, size)?;
+                check_whole(streamer.upload(&source.file, &target, size, progress).await?, size)?;
             }
-            let flushed = if shared.flush { binding.flush().await } else { Ok(()) };
+            let flushed = if shared.flush { target.flush().await } else { Ok(()) };
             let Err(Error::WritesLost) = flushed else { break flushed? };
             // The server's host was restarted under it: all of it again, as nobody knows which bytes it had kept. They were
             // counted before.
@@ -288,7 +287,7 @@ async fn transfer(
             }
             progress = Arc::new(|_| ());
         }
-        binding.unbind().await?;
+        target.unbind().await?;
     }
     open.set_attributes(&changes(&source.metadata)).await?;
     open.close().await?;

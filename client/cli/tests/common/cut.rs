@@ -10,10 +10,15 @@ use std::os::fd::OwnedFd;
 
 /// Breaks every TCP connection of the process `pid` to `port`, and says how many there were.
 pub fn cut(pid: u32, port: u16) -> usize {
+    cut_some(pid, port, usize::MAX)
+}
+
+/// As [`cut`], but no more than so many of them.
+pub fn cut_some(pid: u32, port: u16, most: usize) -> usize {
     let sockets = sockets(pid);
     let broken =
         sockets.iter().filter(|socket| peer_port(socket) == Some(port) && connect_unspec(socket).is_ok());
-    broken.count()
+    broken.take(most).count()
 }
 
 fn peer_port(socket: &OwnedFd) -> Option<u16> {

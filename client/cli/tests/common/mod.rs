@@ -9,7 +9,7 @@ pub mod load;
 pub mod probe;
 pub mod raw;
 
-pub use cut::cut;
+pub use cut::{cut, cut_some};
 pub use deployment::{Deployment, Wish};
 
 use std::path::{Path, PathBuf};

@@ -47,7 +47,7 @@ impl World {
         let server = Some(std::thread::spawn(move || server.run()));
         let shared =
             Shared::start(Box::new(client), prepared.frames, 32, Duration::from_secs(10)).await.unwrap();
-        let channel = DataChannel::new(shared, crate::Transport::Auto, None);
+        let channel = DataChannel::new(shared, crate::Transport::Auto, 0, None);
         Self { channel, script, kick, server, secret }
     }
 

@@ -36,6 +36,8 @@ pub(crate) struct Script {
     pub(crate) stop: bool,
     /// Which run of a data plane this is; 0 for [9; 16].
     pub(crate) instance: u8,
+    /// The handle it gives to every bind, sixteen times this; 0 for 7.
+    pub(crate) handle: u8,
     /// What it says to binds and flushes; 0 for 5.
     pub(crate) verifier: u64,
     /// Binds made with another secret are refused; `None` for the server's own.
@@ -358,12 +360,16 @@ impl Server {
             return self.send(Opcode::BindReply, 0, request, reply.as_bytes(), None);
         }
         let number = 256 * u32::from(self.nonce[0]) + 1;
-        let answer = BindAnswer { handle: HandleId([7; 16]), epoch: 3, access, policy };
+        let handle = match self.script.lock().handle {
+            0 => [7; 16],
+            other => [other; 16],
+        };
+        let answer = BindAnswer { handle: HandleId(handle), epoch: 3, access, policy };
         let answered = answer.digest(&transcript);
         reply.status = 0.into();
         reply.credits = self.script.lock().credits.into();
         (reply.access, reply.policy) = (access.bits(), policy.number());
-        (reply.handle, reply.epoch, reply.verifier) = ([7; 16], 3.into(), verifier.into());
+        (reply.handle, reply.epoch, reply.verifier) = (handle, 3.into(), verifier.into());
         reply.proof = secret.server_proof(&answered);
         reply.proof[31] ^= u8::from(self.script.lock().wrong_proof);
         self.keys.insert(number, secret.channel_keys(&answered));

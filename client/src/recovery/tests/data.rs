@@ -14,8 +14,8 @@ const HANDLE: HandleId = HandleId([7; 16]);
 const PIECE: usize = 16 << 10;
 
 /// A scripted data plane that listens.
-struct Plane {
-    script: Arc<Mutex<Script>>,
+pub(super) struct Plane {
+    pub(super) script: Arc<Mutex<Script>>,
     port: u16,
     instance: u8,
     stop: Box<dyn Fn() + Send + Sync>,
@@ -23,7 +23,7 @@ struct Plane {
 }
 
 impl Plane {
-    fn start(port: u16, instance: u8, secret: BindSecret, file: Vec<u8>) -> Self {
+    pub(super) fn start(port: u16, instance: u8, secret: BindSecret, file: Vec<u8>) -> Self {
         let script = Script { instance, credits: 8, secret: Some(secret), file, ..Script::default() };
         let script = Arc::new(Mutex::new(script));
         let mut listener = tcp::TcpListener::bind(([127, 0, 0, 1], port).into()).unwrap();
@@ -48,7 +48,7 @@ impl Plane {
         Self { script, port, instance, stop, kicks }
     }
 
-    fn change(&self, change: impl FnOnce(&mut Script)) {
+    pub(super) fn change(&self, change: impl FnOnce(&mut Script)) {
         change(&mut self.script.lock());
         for kick in self.kicks.lock().iter() {
             rustix::io::write(&**kick, &1u64.to_ne_bytes()).unwrap();
@@ -56,14 +56,14 @@ impl Plane {
     }
 
     /// As kill -9: no connection is left, and nobody listens. What it wrote is in the page cache.
-    fn kill(&self) -> Vec<u8> {
+    pub(super) fn kill(&self) -> Vec<u8> {
         (self.stop)();
         self.change(|script| script.stop = true);
         std::mem::take(&mut self.script.lock().file)
     }
 
     /// Ends the connections alone.
-    fn cut(&self) {
+    pub(super) fn cut(&self) {
         self.change(|script| script.stop = true);
         // Those that come later live.
         std::thread::sleep(Duration::from_millis(30));
@@ -79,7 +79,7 @@ impl Plane {
         timeout(SOON, seen).await.expect("the data plane did not get there");
     }
 
-    fn at(&self) -> Option<(u16, u8)> {
+    pub(super) fn at(&self) -> Option<(u16, u8)> {
         Some((self.port, self.instance))
     }
 }
