@@ -10,14 +10,9 @@
 use super::binding::Binding;
 use super::channel::{Conn, Cx};
 use super::request::{Request, Step};
-use holdfast_shared::types::{Access, ByteRange, Status};
+use holdfast_shared::types::{Access, Status};
 use holdfast_shared::wire::service::TransportKind;
 use rustix::fs::OFlags;
-
-/// Every byte there can be.
-fn all_bytes() -> Result<ByteRange, Status> {
-    ByteRange::new(0, u64::MAX).map_err(|_| Status::Internal)
-}
 
 impl Conn {
     /// Says whether the client of this binding may have its descriptor.
@@ -29,7 +24,7 @@ impl Conn {
             return Err(Status::AccessDenied);
         }
         // Granted when others had no locks; now they have.
-        if binding.rules.refuse(all_bytes()?, Access::READ) { Err(Status::LockConflict) } else { Ok(()) }
+        if binding.rules.refuse_some(Access::READ) { Err(Status::LockConflict) } else { Ok(()) }
     }
 
     /// Answers with the descriptor; `None` if that is done.

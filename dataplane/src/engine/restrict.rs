@@ -38,6 +38,11 @@ impl Rules {
     pub(crate) fn refuse(&self, range: ByteRange, access: Access) -> bool {
         io_conflict(&self.rules, range, access)
     }
+
+    /// True if they forbid this access to any byte there is.
+    pub(crate) fn refuse_some(&self, access: Access) -> bool {
+        self.rules.iter().any(|rule| !rule.deny.intersection(access).is_empty())
+    }
 }
 
 /// One `Restrict` on its way through the workers; the last to be done answers it.

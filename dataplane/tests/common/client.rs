@@ -8,6 +8,7 @@ use holdfast_transport::verbs::LaneEnd;
 use holdfast_transport::{Channel, Completion, Kind, Operation, Registration, RemoteAccess, Setup};
 use holdfast_verbs::memory::{Buffer, Pool, Region};
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,8 @@ pub struct Client {
     pub memory: Registration,
     /// Other replies met while waiting for one.
     pub stash: VecDeque<Msg>,
+    /// Descriptors that came with messages.
+    pub given: Vec<OwnedFd>,
 }
 
 impl Client {
@@ -84,6 +87,7 @@ impl Client {
             next_request: 1,
             memory,
             stash: VecDeque::with_capacity(MESSAGES),
+            given: Vec::new(),
         }
     }
 
@@ -108,6 +112,7 @@ impl Client {
         self.channel.poll(&mut self.done);
         for completion in self.done.drain(..) {
             if completion.kind == Kind::Recv {
+                self.given.extend(completion.descriptor);
                 if let Ok(length) = completion.outcome {
                     self.frames.push_back((completion.buffer, length));
                 }
@@ -396,6 +401,12 @@ impl Client {
 
     pub fn unmap(&mut self, binding: u32, mapping: u32) -> Status {
         let request = self.send_unmap(binding, mapping);
+        self.answer(request).0
+    }
+
+    /// Asks for the descriptor of the open; see [`Client::given`].
+    pub fn ask_descriptor(&mut self, binding: u32) -> Status {
+        let request = self.send_plain(Opcode::Descriptor, binding, |_| ());
         self.answer(request).0
     }
 

@@ -120,10 +120,13 @@ pub(super) fn print(facts: &Value, software: Option<bool>) -> anyhow::Result<()>
     if let Some(why) = data["untried"].as_str() {
         return line(format_args!("transport not tried: {why}"));
     }
+    let to = match data["transport"].as_str() {
+        Some("local") => "through a socket on this host".to_owned(),
+        _ => format!("to {}", text(&data["peer"])),
+    };
     line(format_args!(
-        "transport {} to {}: {} credits, pieces of {} bytes, a read in {} us, protection '{}'",
+        "transport {} {to}: {} credits, pieces of {} bytes, a read in {} us, protection '{}'",
         text(&data["transport"]),
-        text(&data["peer"]),
         data["credits"],
         data["transfer_bytes_max"],
         data["read_us"],
