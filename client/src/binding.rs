@@ -331,7 +331,7 @@ impl Binding {
         if let (false, Some(file)) = (write, inner.direct(&seat)) {
             match file.read_now(region, range.clone(), file_offset) {
                 Now::Done(count) => {
-                    tokio::task::consume_budget().await;
+                    file.let_others_run(count).await;
                     return Ok(InFlight::done(count));
                 }
                 Now::Rest(done) => {
@@ -363,18 +363,25 @@ impl Binding {
     /// # Errors
     /// As [`Binding::submit_read`]; and what the server refuses.
     pub async fn read_at(&self, region: &Region, range: Range<usize>, file_offset: u64) -> Result<usize> {
-        if let Some(count) = self.read_cached(region, &range, file_offset) {
-            // Who reads and reads lets others run too: among them the one that hears of a fence.
-            tokio::task::consume_budget().await;
-            return Ok(count);
+        let seat = self.inner.seat.load();
+        if let Some(file) = self.inner.direct(&seat) {
+            if let Some(count) = self.read_cached(file, region, &range, file_offset) {
+                file.let_others_run(count).await;
+                return Ok(count);
+            }
         }
+        drop(seat);
         self.in_pieces(region, range, file_offset, false).await
     }
 
     /// The shortest way: all of a range that is in the page cache, read from the file itself. Anything unusual is not for it.
-    fn read_cached(&self, region: &Region, range: &Range<usize>, file_offset: u64) -> Option<usize> {
-        let seat = self.inner.seat.load();
-        let file = self.inner.direct(&seat)?;
+    fn read_cached(
+        &self,
+        file: &DirectFile,
+        region: &Region,
+        range: &Range<usize>,
+        file_offset: u64,
+    ) -> Option<usize> {
         self.inner.open.as_ref().map_or(Ok(0), |open| open.inner.gate.check()).ok()?;
         let length = region.check(range).ok()?;
         ByteRange::new(file_offset, length as u64).ok()?;

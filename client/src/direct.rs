@@ -22,7 +22,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::task::JoinHandle;
 
 /// What `statfs` says of file systems whose files are memory and nothing else.
@@ -31,6 +31,11 @@ const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
 /// More than this is read on a thread of its own, whether it is in the page cache or not: copying it takes long.
 const NOW_BYTES_MAX: usize = 1 << 20;
 
+/// A task that reads so much without waiting, some tenths of a millisecond long, lets others run.
+const YIELD_BYTES: usize = 4 << 20;
+/// What a read costs besides its bytes, as bytes.
+const READ_COST_BYTES: usize = 8 << 10;
+
 /// A descriptor of the open.
 pub(crate) struct DirectFile {
     descriptor: Arc<OwnedFd>,
@@ -38,6 +43,8 @@ pub(crate) struct DirectFile {
     in_memory: bool,
     /// The kernel can say that it would wait.
     says: AtomicBool,
+    /// Bytes read since others were let run, and some for each read.
+    since_yield: AtomicUsize,
 }
 
 /// How far a read came that must not wait.
@@ -53,7 +60,12 @@ pub(crate) enum Now {
 impl DirectFile {
     fn new(descriptor: OwnedFd) -> Self {
         let in_memory = rustix::fs::fstatfs(&descriptor).is_ok_and(|fs| IN_MEMORY.contains(&fs.f_type));
-        Self { descriptor: Arc::new(descriptor), in_memory, says: AtomicBool::new(true) }
+        Self {
+            descriptor: Arc::new(descriptor),
+            in_memory,
+            says: AtomicBool::new(true),
+            since_yield: AtomicUsize::new(0),
+        }
     }
 
     /// Reads from `offset` on into `range`, as far as that needs no waiting and is soon done.
@@ -88,6 +100,15 @@ impl DirectFile {
             return Ok(Nowait::Unsupported);
         }
         region.read_file_nowait(self.descriptor.as_fd(), offset, range)
+    }
+
+    /// Who reads and reads, and never waits, lets others run now and then: among them the task that hears of a fence.
+    pub(crate) async fn let_others_run(&self, length: usize) {
+        let cost = length + READ_COST_BYTES;
+        if self.since_yield.fetch_add(cost, Ordering::Relaxed) + cost >= YIELD_BYTES {
+            self.since_yield.store(0, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Reads the rest on a thread that may wait. It counts the `done` bytes before it too.

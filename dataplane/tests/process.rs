@@ -25,9 +25,14 @@ fn the_process_serves_outlives_control_and_stops_cleanly() {
     let control = Control::listen(&path);
     let (link, blob) = control.register();
     let ready = process.line();
-    let port = blob.endpoints[0].port;
-    assert!(ready.contains(&format!("127.0.0.1:{port}")), "{ready}");
-    assert_eq!(blob.endpoints[0].address.as_deref(), Some("127.0.0.1"));
+    let [local, tcp] = &blob.endpoints[..] else { panic!("{:?}", blob.endpoints) };
+    assert!(ready.contains(&format!("127.0.0.1:{}", tcp.port)), "{ready}");
+    assert_eq!(tcp.address.as_deref(), Some("127.0.0.1"));
+    let socket = directory.path().join("local.sock");
+    assert_eq!(local.address.as_deref(), socket.to_str());
+    assert!(ready.contains(socket.to_str().unwrap()), "{ready}");
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_eq!(local.boot_id.as_deref(), Some(boot_id.trim()));
 
     let open = an_open(b"the content");
     let fds = gauge(&link, "open_fds");
