@@ -219,24 +219,37 @@ impl Lane {
         ((u128::from(number) * u128::from(bound)) >> 64) as u64
     }
 
+    /// Reads the clock once for each request: where that is a system call, it is a good part of a small one.
     async fn measure(&mut self, until: Instant) -> anyhow::Result<()> {
         let blocks = self.blocks();
         let mut turn = 0u64;
-        while !self.job.stop.load(Relaxed) && Instant::now() < until {
+        let mut now = Instant::now();
+        while !self.job.stop.load(Relaxed) && now < until {
             let nth = if self.job.pattern.is_random() { self.below(blocks) } else { turn % blocks };
             turn += 1;
-            let took = match self.job.pattern {
-                Pattern::Randread => {
-                    let block = self.below(self.job.all);
-                    self.read(block).await?
-                }
-                Pattern::Read => self.read(self.own(nth)).await?,
-                Pattern::Write | Pattern::Randwrite => self.write(nth, turn).await?,
+            let (block, begin) = match self.job.pattern {
+                Pattern::Randread => (self.below(self.job.all), now),
+                Pattern::Read => (self.own(nth), now),
+                Pattern::Write | Pattern::Randwrite => (self.own(nth), self.prepare(nth, turn, now)?),
             };
-            self.seen.latencies.add(took);
+            if self.job.pattern.writes() {
+                self.write(block).await?;
+            } else {
+                self.read(block).await?;
+            }
+            now = Instant::now();
+            self.seen.latencies.add(now - begin);
             self.job.completed.fetch_add(1, Relaxed);
+            if self.job.verify {
+                if self.job.pattern.writes() {
+                    self.remember(nth, turn)?;
+                } else {
+                    self.check(block)?;
+                }
+                now = Instant::now();
+            }
         }
-        self.seen.ended = Some(Instant::now());
+        self.seen.ended = Some(now);
         Ok(())
     }
 
@@ -244,17 +257,12 @@ impl Lane {
         block * self.job.block as u64
     }
 
-    async fn read(&mut self, block: u64) -> anyhow::Result<Duration> {
-        let begin = Instant::now();
+    async fn read(&mut self, block: u64) -> anyhow::Result<()> {
         let count = self.target.read_at(&self.region, 0..self.job.block, self.at(block)).await?;
-        let took = begin.elapsed();
         if count < self.job.block {
             bail!("the file ends within block {block}: somebody has cut it meanwhile");
         }
-        if self.job.verify {
-            self.check(block)?;
-        }
-        Ok(took)
+        Ok(())
     }
 
     /// The generation of the block in the region.
@@ -264,19 +272,27 @@ impl Lane {
         pattern::check(&self.bytes, block).map_err(|fault| anyhow::anyhow!("{fault}"))
     }
 
-    async fn write(&mut self, nth: u64, generation: u64) -> anyhow::Result<Duration> {
-        let block = self.own(nth);
-        if self.job.verify {
-            pattern::fill(&mut self.bytes, block, generation);
-            self.region.copy_in(0, &self.bytes)?;
+    /// Makes what the write is to be recognised by, and says when it begins.
+    fn prepare(&mut self, nth: u64, generation: u64, now: Instant) -> anyhow::Result<Instant> {
+        if !self.job.verify {
+            return Ok(now);
         }
-        let begin = Instant::now();
-        self.target.write_all(&self.region, 0..self.job.block, self.at(block)).await?;
-        let took = begin.elapsed();
+        let block = self.own(nth);
+        pattern::fill(&mut self.bytes, block, generation);
+        self.region.copy_in(0, &self.bytes)?;
+        Ok(Instant::now())
+    }
+
+    async fn write(&mut self, block: u64) -> anyhow::Result<()> {
+        Ok(self.target.write_all(&self.region, 0..self.job.block, self.at(block)).await?)
+    }
+
+    /// The last write of a block of its own.
+    fn remember(&mut self, nth: u64, generation: u64) -> anyhow::Result<()> {
         if let Some(last) = self.generations.get_mut(usize::try_from(nth)?) {
             *last = generation;
         }
-        Ok(took)
+        Ok(())
     }
 
     /// Every block of its own must be of the last write.

@@ -121,20 +121,23 @@ async fn measure(open: &Open, made: bool, args: &Bench) -> anyhow::Result<Report
     let _ = start.send(Some(begin + runtime));
     let shown = show(&completed, block, begin, runtime, args.json);
     let all_ended = async {
-        let mut seen = Seen::default();
+        let (mut seen, mut shares) = (Seen::default(), Vec::new());
         while let Some(ended) = running.join_next().await {
             match ended? {
-                Ok(job) => seen.merge(&job),
+                Ok(job) => {
+                    shares.push(job.latencies.total());
+                    seen.merge(&job);
+                }
                 Err(error) => {
                     stop.store(true, Relaxed);
                     return Err(error);
                 }
             }
         }
-        anyhow::Ok(seen)
+        anyhow::Ok((seen, shares))
     };
     tokio::pin!(all_ended);
-    let mut seen = tokio::select! {
+    let (mut seen, shares) = tokio::select! {
         ended = &mut all_ended => ended?,
         never = shown => match never {},
         // What was measured so far is told.
@@ -157,6 +160,7 @@ async fn measure(open: &Open, made: bool, args: &Bench) -> anyhow::Result<Report
         size: all * block,
         elapsed,
         cpu,
+        shares,
         seen,
     })
 }

@@ -23,7 +23,15 @@ pub(super) struct Report {
     pub(super) elapsed: Duration,
     /// Of this process, user and system.
     pub(super) cpu: Duration,
+    /// Operations of each job.
+    pub(super) shares: Vec<u64>,
     pub(super) seen: Seen,
+}
+
+/// The least, the mean and the most of what the jobs did: how evenly they were served.
+fn fairness(shares: &[u64]) -> (u64, f64, u64) {
+    let mean = shares.iter().sum::<u64>() as f64 / shares.len().max(1) as f64;
+    (shares.iter().min().copied().unwrap_or(0), mean, shares.iter().max().copied().unwrap_or(0))
 }
 
 /// So many in that time are how many in a second.
@@ -68,6 +76,7 @@ impl Report {
     fn json(&self) -> Value {
         let latencies = &self.seen.latencies;
         let (least, most) = latencies.bounds();
+        let (fewest, mean, largest) = fairness(&self.shares);
         json!({
             "file": self.file,
             "rw": self.pattern(),
@@ -80,6 +89,7 @@ impl Report {
             "size_bytes": self.size,
             "seconds": self.elapsed.as_secs_f64(),
             "operations": latencies.total(),
+            "jobs_operations": { "min": fewest, "mean": mean, "max": largest },
             "iops": self.rate(),
             "bytes_per_second": self.rate() * self.block as f64,
             "latency_ns": {
@@ -135,6 +145,15 @@ impl Report {
             time(latencies.per_mille(999)),
             time(latencies.bounds().1)
         ))?;
+        if self.jobs > 1 {
+            let (fewest, mean, largest) = fairness(&self.shares);
+            let of_mean = |count: u64| count as f64 / mean.max(1.0);
+            line(format_args!(
+                "  fairness    the least of a job {:.2}, the most {:.2} of the mean",
+                of_mean(fewest),
+                of_mean(largest)
+            ))?;
+        }
         line(format_args!("  client CPU  {} per operation", time(self.cpu_each())))?;
         if let Some(flush) = self.seen.flush {
             line(format_args!("  flush       {:.2?} after the last write", flush))?;
@@ -169,6 +188,12 @@ mod tests {
         let begin = std::time::Instant::now();
         while cpu_time() == Duration::ZERO && begin.elapsed().as_secs() < 60 {}
         assert!(cpu_time() > Duration::ZERO);
+    }
+
+    #[test]
+    fn fairness_is_told_by_the_ends_and_the_mean() {
+        assert_eq!(fairness(&[30, 10, 20]), (10, 20.0, 30));
+        assert_eq!(fairness(&[]), (0, 0.0, 0));
     }
 
     #[test]
