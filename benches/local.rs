@@ -2,14 +2,14 @@
 //! directly, 4 KiB and 1 MiB, one after the other, from the page cache.
 //!
 //! ```text
-//!   direct       preadv2(RWF_NOWAIT) of the file, opened here       into the same region
-//!   descriptor   Binding::read_at, through the open's descriptor    (local_descriptors = true, open for reading)
-//!   socket       Binding::read_at, over the Unix socket             (open for reading and writing)
+//!   direct       pread of the file, opened here                    into the same region
+//!   descriptor   Binding::read_at, through the open's descriptor   (local_descriptors = true, open for reading)
+//!   socket       Binding::read_at, over the Unix socket            (open for reading and writing)
 //! ```
 //!
-//! The three take turns, `--rounds` times (default 15) for `--ms` each (default 200), at the same offsets. Told are the medians,
-//! and the median of the rounds' ratios to `direct` of the same round. `--dir` says where the file lies (default: a tmpfs,
-//! where the file is read with `pread`, which then cannot wait; with `--dir` on a disk's file system, `preadv2`).
+//! The three take turns, `--rounds` times (default 15) for `--ms` each (default 200), each going on in the file. Told are the medians,
+//! and the median of the rounds' ratios to `direct` of the same round. `--dir` says where the file lies (default: a tmpfs, where
+//! the client too makes that very system call; on a disk's file system it is `preadv2` with `RWF_NOWAIT`).
 //!
 //!     cargo build --release --workspace --bins && cargo run --release -p holdfast-benches --example local
 
@@ -17,7 +17,6 @@ mod common;
 
 use common::deploy::{FILE_BYTES, Server};
 use holdfast_client::{Binding, Config, OpenOptions, Place, Region, Session, Transport};
-use holdfast_verbs::memory;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -97,17 +96,12 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let config = Config::load(&server.config()).expect("client.toml");
     let file = std::fs::File::open(server.config().with_file_name("data").join("bench")).expect("the file");
-    // One region for the client, another of the same kind for the yardstick.
-    let (region, plain) =
-        (Region::allocate(1 << 20).expect("memory"), memory::Region::new(1 << 20).expect("memory"));
+    let region = Region::allocate(1 << 20).expect("memory");
     runtime.block_on(async {
         let descriptor = bound(&config, &OpenOptions::read()).await;
         let socket = bound(&config, &OpenOptions::read_write()).await;
         let warmed = descriptor.read_at(&region, 0..4096, 0).await.expect("a read");
         assert_eq!(warmed, 4096);
-        // As the client does it.
-        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| matches!(fs.f_type, 0x0102_1994 | 0x8584_58f6));
-        let nowait = !in_memory;
         for (label, size) in [("4 KiB", 4096), ("1 MiB", 1 << 20)] {
             let mut all: [Vec<f64>; 3] = Default::default();
             for round in 0..arguments.rounds {
@@ -117,14 +111,8 @@ fn main() {
                     let time = arguments.time;
                     let who = (round + turn) % 3;
                     let took = match who {
-                        0 if nowait => timed!(time, offsets, at => {
-                            match plain.read_file_nowait(file.as_fd(), at, 0..size).expect("a read") {
-                                memory::Nowait::Done(count) => count,
-                                other => panic!("{other:?}: not in the page cache"),
-                            }
-                        }),
                         0 => timed!(time, offsets, at => {
-                            plain.read_file(file.as_fd(), at, 0..size).expect("a read")
+                            region.read_file(file.as_fd(), at, 0..size).expect("a read")
                         }),
                         1 => timed!(time, offsets, at => {
                             descriptor.read_at(&region, 0..size, at).await.expect("a read")

@@ -138,6 +138,8 @@ struct Control([u8; CONTROL_BYTES]);
 
 /// A header and one descriptor. The same on all 64-bit Linux.
 const CONTROL_BYTES: usize = 24;
+/// A descriptor's number.
+const DESCRIPTOR_BYTES: u32 = 4;
 
 /// As [`send_segments`] over a Unix socket, and sends a duplicate of `descriptor` with the first byte.
 pub fn send_segments_and_descriptor(
@@ -156,14 +158,14 @@ pub fn send_segments_and_descriptor(
     // SAFETY: `message` names a control buffer that lives across these calls, is aligned for a header and has room for one
     // with one descriptor: the first header lies within it, and so do the bytes written behind it.
     unsafe {
-        debug_assert_eq!(libc::CMSG_SPACE(size_of::<i32>() as u32) as usize, CONTROL_BYTES);
+        debug_assert_eq!(libc::CMSG_SPACE(DESCRIPTOR_BYTES) as usize, CONTROL_BYTES);
         let header = libc::CMSG_FIRSTHDR(&raw const message);
         if header.is_null() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         (*header).cmsg_level = libc::SOL_SOCKET;
         (*header).cmsg_type = libc::SCM_RIGHTS;
-        (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
+        (*header).cmsg_len = libc::CMSG_LEN(DESCRIPTOR_BYTES) as usize;
         libc::CMSG_DATA(header).cast::<i32>().write_unaligned(number);
     }
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
@@ -185,7 +187,7 @@ pub fn recv_segments_and_descriptor(
     message.msg_control = control.0.as_mut_ptr().cast();
     // Exactly one header with one descriptor: not the padding behind it, into which a second one would fit.
     // SAFETY: a computation with no memory behind it.
-    message.msg_controllen = unsafe { libc::CMSG_LEN(size_of::<i32>() as u32) } as usize;
+    message.msg_controllen = unsafe { libc::CMSG_LEN(DESCRIPTOR_BYTES) } as usize;
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     // SAFETY: as for `recv_segments`; the kernel writes at most `msg_controllen` bytes of the control buffer, which lives
     // across the call.
@@ -198,7 +200,7 @@ pub fn recv_segments_and_descriptor(
         let is_one = !header.is_null()
             && (*header).cmsg_level == libc::SOL_SOCKET
             && (*header).cmsg_type == libc::SCM_RIGHTS
-            && (*header).cmsg_len == libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
+            && (*header).cmsg_len == libc::CMSG_LEN(DESCRIPTOR_BYTES) as usize;
         is_one.then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().read_unaligned()))
     };
     Ok((count, descriptor))
