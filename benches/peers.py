@@ -37,6 +37,8 @@ ROWS = [
         "ib_read_bw", "ib_read_bw -s 1048576 -t 8", ">= 0.90"),
     Row("verbs", "one-sided read, 4 KiB, depth 1", "endtoend/verbs/one-sided read 4 KiB depth 1", "us",
         "ib_read_lat, its mean as ours", "ib_read_lat -s 4096, mean", "<= 1.15"),
+    Row("verbs", "one-sided read, 4 KiB, depth 1", "endtoend/verbs/one-sided read 4 KiB depth 1", "us",
+        "ib_read_lat, its typical one", "ib_read_lat -s 4096", ""),
 ]
 for name in ("NFS/RDMA", "NVMe-oF/RDMA"):
     for depth in (1, 16):
@@ -57,10 +59,12 @@ for way in ("read", "write"):
 ROWS += [
     Row("native", "tcp read, 1 MiB, depth 8", f"holdfast tcp, read {BULK}", "MiB/s",
         "nbdkit", f"nbdkit, read {BULK}", ""),
-    Row("native", "tcp read, 4 KiB, depth 1", f"holdfast tcp, {SMALL} 1, mean", "us",
+    Row("native", "tcp read, 4 KiB, depth 1", "endtoend/tcp/read 4 KiB depth 1", "us",
         "ping-pong of plain sockets, epoll", "ping-pong with epoll, 4 KiB", "<= 1.2"),
-    Row("native", "tcp read, 4 KiB, depth 1", f"holdfast tcp, {SMALL} 1, mean", "us",
+    Row("native", "tcp read, 4 KiB, depth 1", "endtoend/tcp/read 4 KiB depth 1", "us",
         "the same, blocking sockets", "ping-pong of blocking sockets, 4 KiB", ""),
+    Row("native", "tcp read, 4 KiB, depth 1, by holdfast bench", f"holdfast tcp, {SMALL} 1, mean", "us",
+        "ping-pong of plain sockets, epoll", "ping-pong with epoll, 4 KiB", ""),
     Row("native", "local read, 4 KiB", "local, read 4 KiB", "ns", "the file opened directly", "plain file, read 4 KiB", ">= 0.98"),
     Row("native", "local read, 1 MiB", "local, read 1 MiB", "ns", "the file opened directly", "plain file, read 1 MiB", ">= 0.98"),
     Row("native", "local read, 4 KiB, without its descriptor", "local socket, read 4 KiB", "ns",
