@@ -175,16 +175,16 @@ fn what_is_cut_short_through_the_server_is_served_to_nobody_once_that_is_answere
         let (other, _others) = bound(&server, OpenOptions::read_write()).await;
         let region = Region::allocate(SIZE).unwrap();
         for (n, by) in [&open, &other].into_iter().enumerate() {
-            let length = 100_000 - n as u64;
+            let length = 100_000 - n;
             let mapping = binding.map(0..SIZE as u64).await.unwrap();
             assert_eq!(mapping.read_at(&region, 0..4096, 0).await.unwrap(), 4096);
-            let size = Changes { size: Some(length), ..Changes::default() };
-            assert_eq!(by.set_attributes(&size).await.unwrap().size, length);
+            let size = Changes { size: Some(length as u64), ..Changes::default() };
+            assert_eq!(by.set_attributes(&size).await.unwrap().size, length as u64);
             assert!(matches!(mapping.read_at(&region, 0..4096, 0).await, Err(Error::MappingLost)), "{n}");
             let again = binding.map(0..SIZE as u64).await.unwrap();
-            assert_eq!(again.len(), length);
-            assert_eq!(again.read_at(&region, 0..SIZE, 0).await.unwrap() as u64, length);
-            assert_eq!(bytes(&region, 0..length as usize), content[..length as usize]);
+            assert_eq!(again.len(), length as u64);
+            assert_eq!(again.read_at(&region, 0..SIZE, 0).await.unwrap(), length);
+            assert_eq!(bytes(&region, 0..length), content[..length]);
             // A change of something else takes nothing away.
             let mode = Changes { mode: Some(0o640), ..Changes::default() };
             by.set_attributes(&mode).await.unwrap();

@@ -110,7 +110,7 @@ pub(super) struct Withdraw {
 
 /// What the withdrawer is to do, one after the other.
 enum WithdrawJob {
-    Mapping(Withdraw),
+    Mapping(Box<Withdraw>),
     /// All that came before it is withdrawn now: let go of this.
     Behind(Arc<Withdrawal>),
 }
@@ -191,7 +191,7 @@ impl Maps {
     /// Has a mapping withdrawn.
     pub(super) fn withdraw(&self, withdraw: Withdraw) {
         // The thread ends after the workers: it takes it.
-        let _ = self.withdraw.send(WithdrawJob::Mapping(withdraw));
+        let _ = self.withdraw.send(WithdrawJob::Mapping(Box::new(withdraw)));
     }
 
     /// Lets go of it when all that was given to be withdrawn before is.
@@ -236,7 +236,7 @@ fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
 fn withdraw_all(jobs: &Receiver<WithdrawJob>, inboxes: &[Arc<Inbox>]) {
     while let Ok(job) = jobs.recv() {
         let Withdraw { worker, done, exposed, reserved } = match job {
-            WithdrawJob::Mapping(withdraw) => withdraw,
+            WithdrawJob::Mapping(withdraw) => *withdraw,
             WithdrawJob::Behind(withdrawal) => {
                 drop(withdrawal);
                 continue;

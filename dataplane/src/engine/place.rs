@@ -60,14 +60,16 @@ impl Conn {
         let stamp = file.stamp().ok().flatten();
         request.looked = true;
         let (true, Some(stamp)) = (pinned.confirm(key, stamp), stamp) else { return None };
-        let count = stamp.length.saturating_sub(offset).min(length);
-        let end = offset + count;
-        for index in extents(offset, count) {
-            let start = (index * EXTENT_BYTES).max(offset);
-            let from = (start - index * EXTENT_BYTES) as usize;
-            let piece = (((index + 1) * EXTENT_BYTES).min(end) - start) as u32;
-            let (Some(remote), Some(pages)) =
-                (request.region.part((start - offset) as u32, piece), pinned.extent(key, index, cx.now))
+        let there = stamp.length.saturating_sub(offset).min(length);
+        let count = u32::try_from(there).unwrap_or(request.length);
+        let mut done = 0;
+        while done < count {
+            let start = offset + u64::from(done);
+            let within = start % EXTENT_BYTES;
+            let piece = u32::try_from(EXTENT_BYTES - within).unwrap_or(u32::MAX).min(count - done);
+            let pages = pinned.extent(key, start / EXTENT_BYTES, cx.now);
+            let (Some(remote), Some(pages), Ok(from)) =
+                (request.region.part(done, piece), pages, usize::try_from(within))
             else {
                 // Covered, and the region was checked at admission.
                 request.answer = Some((Status::Internal, 0));
@@ -84,10 +86,10 @@ impl Conn {
                 binding.transport_ops += 1;
             }
             self.begun(cx.now, cx.settings.limits.stuck_ms);
+            done += piece;
         }
-        // Of no more than `length`, which is of 32 bits.
-        request.next = count as u32;
-        *bytes += count as usize;
+        request.next = count;
+        *bytes += usize::try_from(count).unwrap_or(usize::MAX);
         cx.gauges.reads_pinned_total.add(1);
         self.reply(cx, slot, request, Status::Ok, request.next, None);
         Some(None)
