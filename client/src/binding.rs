@@ -92,7 +92,7 @@ impl Inner {
     }
 
     /// The file itself, if the server gave it and nothing has come between since.
-    fn direct<'a>(&self, seat: &'a Seat) -> Option<&'a DirectFile> {
+    pub(crate) fn direct<'a>(&self, seat: &'a Seat) -> Option<&'a DirectFile> {
         let file = seat.core.direct()?;
         let over = self.is_unbound() || self.open.as_ref().is_some_and(|open| open.inner.is_closed());
         (!over).then_some(file)
@@ -335,7 +335,16 @@ impl Binding {
                     return Ok(InFlight::done(count));
                 }
                 Now::Rest(done) => {
-                    return Ok(InFlight::direct(file.read_rest(region, range, file_offset, done)));
+                    let piece = Piece {
+                        region: region.clone(),
+                        start: range.start,
+                        length,
+                        offset: file_offset,
+                        write,
+                    };
+                    let waiting = file.read_rest(region, range, file_offset, done);
+                    let again = Again { binding: Arc::clone(inner), seat, piece, begun };
+                    return Ok(InFlight::direct(waiting, again));
                 }
                 Now::Failed => {}
             }

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! The server can't take the descriptor back. This side stops using it when the binding is fenced or given back, when its channel
-//! has ended, and while the open is shut: then reads go to the server again, which says why not. A failed read goes there
-//! too.
+//! has ended, and while the open is shut: then reads go to the server again, which says why not, also those that were waiting
+//! for the disk at that moment. A read that fails at once goes there too; one that fails while it waits is an error.
 
 use crate::bind::BindingCore;
 use crate::channel::Shared;

@@ -57,7 +57,7 @@ impl Open {
         }
     }
 
-    /// One attempt; says why it is not verbs, if that was to be tried.
+    /// One attempt; says why it is not a better transport, if one was to be tried.
     pub(crate) async fn connect_once(
         &self,
         transport: Transport,
@@ -85,17 +85,23 @@ impl Open {
         if let Some(kind) = only {
             return Ok((self.try_all(&blob, kind, nth).await?, None));
         }
-        match self.try_all(&blob, TransportKind::Local, nth).await {
+        let why_not_local = match self.try_all(&blob, TransportKind::Local, nth).await {
             Ok(channel) => return Ok((channel, None)),
             // The usual case: the server is elsewhere.
-            Err(Error::Usage(why)) => tracing::debug!(why, "not local"),
-            Err(error) => tracing::info!(%error, "the server is on this host, and its socket can't be used"),
-        }
+            Err(Error::Usage(why)) => {
+                tracing::debug!(why, "not local");
+                None
+            }
+            // On this host, and yet its socket can't be used: perhaps this user may not enter its directory.
+            Err(error) => Some(error.to_string()),
+        };
         let why_not_verbs = match self.try_all(&blob, TransportKind::Verbs, nth).await {
-            Ok(channel) => return Ok((channel, None)),
+            Ok(channel) => return Ok((channel, why_not_local)),
             Err(error) => error.to_string(),
         };
-        Ok((self.try_all(&blob, TransportKind::Tcp, nth).await?, Some(why_not_verbs)))
+        let why =
+            why_not_local.map_or_else(|| why_not_verbs.clone(), |local| format!("{why_not_verbs}; {local}"));
+        Ok((self.try_all(&blob, TransportKind::Tcp, nth).await?, Some(why)))
     }
 
     /// Tries the endpoints of one transport in the server's order, from the `nth` on and round.

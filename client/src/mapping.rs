@@ -50,7 +50,8 @@ const SPIN_BYTES: usize = 64 << 10;
 /// [`Error::MappingLost`]: go on with [`Binding::read_at`], or map again.
 ///
 /// The bytes have no digest and are not sealed, so volumes with such a policy grant no mappings. A file that
-/// is cut short, beside the server or through it, is still read here as it was: map only what nobody cuts short.
+/// is cut short *beside* the server is still read here as it was: map only what nobody cuts short there. A change of its size
+/// through the server withdraws the mapping first.
 ///
 /// [`Mapping::unmap`] waits for the server's word; dropping the last clone gives it back without waiting.
 ///

@@ -10,7 +10,7 @@ use holdfast_dataplane::engine::{FileId, FileIo, KernelFile, Opener};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::data::Mapped;
-use holdfast_shared::wire::link::{Fence, Restrict, Restricted, Withdraw};
+use holdfast_shared::wire::link::{Fence, MAPPABLE_AS_SAID, Restrict, Restricted, Withdraw};
 use holdfast_transport::verbs::{Lane, LaneRead};
 use holdfast_transport::{OperationError, Registration};
 use holdfast_verbs::memory::Nowait;
@@ -388,10 +388,16 @@ fn a_file_that_is_to_be_cut_short_is_served_to_nobody_first_and_mapped_by_nobody
     server.rig.engine.mappable(8);
     let mut view = map(&server, &mut client, binding, 0, 8192).unwrap();
     assert_eq!((view.mapped.length.get(), view.read(&client, 0, 100).unwrap()), (100, vec![b'a'; 100]));
-    // What an earlier control had asked for is forgotten when another asks what there is.
+    // What an earlier control had asked for is forgotten when another has said what it wants.
     server.rig.engine.withdraw(withdraw(9));
     eventually("withdrawn", || told(9));
+    server.rig.engine.withdraw(withdraw(10));
     let mut snapshot = server.rig.engine.snapshot();
     eventually("gathered", || snapshot.gather(Duration::from_millis(10)));
+    assert!(map(&server, &mut client, binding, 0, 8192).is_err(), "it has not said yet what it wants");
+    server.rig.engine.withdraw(withdraw(11));
+    server.rig.engine.mappable(MAPPABLE_AS_SAID);
+    assert!(map(&server, &mut client, binding, 0, 8192).is_err(), "that was asked again");
+    server.rig.engine.mappable(11);
     assert!(map(&server, &mut client, binding, 0, 8192).is_ok());
 }

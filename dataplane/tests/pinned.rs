@@ -4,13 +4,16 @@
 
 mod common;
 
-use common::{Client, Open, Server, eventually, pattern};
+use common::{Client, Open, Server, Told, eventually, pattern};
 use holdfast_dataplane::engine::KernelFile;
 use holdfast_shared::auth::MacPolicy;
-use holdfast_shared::types::{Access, Status};
+use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
+use holdfast_shared::wire::data::Opcode;
+use holdfast_shared::wire::link::{Restrict, Restricted};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 const EXTENT: usize = 4 << 20;
 const PIECE: usize = 1 << 20;
@@ -171,4 +174,50 @@ fn nothing_is_pinned_that_is_digested_has_holes_or_is_read_in_small_pieces() {
     // It costs no memory to read a hole.
     let blocks = rustix::fs::fstat(&*sparse.file).unwrap().st_blocks;
     assert!(blocks * 512 < 2 * EXTENT as i64, "the hole was filled");
+}
+
+/// The device reads the pages after the read was answered: who is told that the rules are in force may write all the same.
+#[test]
+fn lck_01_what_is_written_under_a_lock_is_in_no_read_that_began_before_it() {
+    let Some(server) = start(64 << 20) else { return };
+    let content = vec![b'a'; EXTENT];
+    let (mut client, binding, open) = bound(&server, &content);
+    let mut answered = 0;
+    for round in 0..6u64 {
+        warm(&server, &mut client, binding, &content);
+        let part = |n: usize| client.descriptor().part((n * PIECE) as u32, PIECE as u32).unwrap();
+        let parts: Vec<_> = (0..4).map(part).collect();
+        let requests: Vec<u32> = parts
+            .into_iter()
+            .enumerate()
+            .map(|(n, part)| client.send_io(Opcode::Read, binding, (n * PIECE) as u64, PIECE as u32, part))
+            .collect();
+        std::thread::sleep(Duration::from_micros(200 * round));
+        let version = 2 * round + 1;
+        let rules = vec![IoRule { range: ByteRange::new(0, EXTENT as u64).unwrap(), deny: Access::READ }];
+        server.rig.engine.restrict(Restrict { open: open.id, version, rules });
+        let told = |version| Told::Restricted(Restricted { open: open.id, version });
+        eventually("restricted", || server.rig.control.told().contains(&told(version)));
+        open.file.write_all_at(&vec![b'X'; EXTENT], 0).unwrap();
+        for (n, request) in requests.into_iter().enumerate() {
+            match client.answer(request) {
+                (Status::LockConflict, 0) => {}
+                (Status::Ok, count) => {
+                    assert_eq!(count as usize, PIECE);
+                    let mut bytes = vec![0; PIECE];
+                    client.region().copy_out(n * PIECE, &mut bytes).unwrap();
+                    assert!(
+                        bytes.iter().all(|byte| *byte == b'a'),
+                        "round {round}: the lock was not waited for"
+                    );
+                    answered += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        server.rig.engine.restrict(Restrict { open: open.id, version: version + 1, rules: vec![] });
+        eventually("free again", || server.rig.control.told().contains(&told(version + 1)));
+        open.file.write_all_at(&content, 0).unwrap();
+    }
+    println!("{answered} reads were answered before their lock");
 }

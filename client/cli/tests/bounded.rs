@@ -58,7 +58,12 @@ fn a_large_file_streams_through_little_memory() {
         stripes.unbind().await.unwrap();
         drop(stripes);
         // The other way, with what is left: all of it goes back before.
-        assert_eq!(Region::memory().bytes, 0);
+        let since = std::time::Instant::now();
+        while Region::memory().bytes > 0 {
+            // A task that was cut off lets go of its chunk a moment later.
+            assert!(since.elapsed() < common::DEADLINE, "{} bytes are left", Region::memory().bytes);
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
         let open = session.open(&place("copy"), &OpenOptions::create_new(0o644)).await.unwrap();
         let stripes = open.stripes(transport, 2).await.unwrap();
         let mut writer = Writer::new(&stripes, 0, MEMORY).unwrap();

@@ -87,7 +87,8 @@ impl DataChannel {
         self.shared().identity.transport
     }
 
-    /// Why it is not verbs, if the transport was chosen automatically and verbs could not be had.
+    /// Why it is not a better transport (local, then verbs), if it was chosen automatically and that one could not be had. Not told
+    /// where the server is on another host: then there is no local one.
     pub fn fallback_reason(&self) -> Option<&str> {
         self.fallback.as_deref()
     }

@@ -126,8 +126,8 @@ impl InFlight {
     }
 
     /// A read of the file itself that has to wait.
-    pub(crate) fn direct(waiting: Waiting) -> Self {
-        Self { stage: Stage::Direct(waiting), again: None }
+    pub(crate) fn direct(waiting: Waiting, again: Again) -> Self {
+        Self { stage: Stage::Direct(waiting), again: Some(again) }
     }
 }
 
@@ -139,7 +139,16 @@ impl Future for InFlight {
         loop {
             match &mut this.stage {
                 Stage::Done(count) => return Poll::Ready(Ok(*count)),
-                Stage::Direct(waiting) => return Pin::new(waiting).poll(cx),
+                Stage::Direct(waiting) => {
+                    let outcome = ready!(Pin::new(waiting).poll(cx));
+                    match (outcome, this.again.take()) {
+                        // What was read after the binding had ended does not count: the server is asked.
+                        (Ok(_), Some(again)) if !again.is_direct_still() => {
+                            this.stage = Stage::Again(Box::pin(again.run(false)));
+                        }
+                        (outcome, _) => return Poll::Ready(outcome),
+                    }
+                }
                 Stage::Again(again) => return again.as_mut().poll(cx),
                 Stage::UnderWay(reply) => {
                     let outcome = ready!(reply.poll_done(cx)).and_then(counted);

@@ -15,8 +15,9 @@
 //! the server spares only the one by which a session is superseded, and the others end with an error that says so.
 
 use super::{Backoff, Patience, gone, may_pass};
-use crate::bind::{self, BindRequest};
+use crate::bind::{self, BindRequest, BindingCore};
 use crate::binding::{Inner, Seat};
+use crate::channel::Shared;
 use crate::channel::home::{Home, may_heal};
 use crate::error::{Error, Result};
 use crate::open::Open;
@@ -114,6 +115,21 @@ async fn replace_session(open: &Open, connection: &Arc<Connection>, patience: &m
     open.inner.ready(Some(connection), patience).await.map(drop)
 }
 
+/// Given back, unless it is kept: who waits may be cancelled.
+struct Bound<'a> {
+    channel: &'a Arc<Shared>,
+    core: &'a Arc<BindingCore>,
+    kept: bool,
+}
+
+impl Drop for Bound<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.channel.unbind_later(Arc::clone(self.core));
+        }
+    }
+}
+
 /// Binds, for the first time or in the place of `old`.
 pub(crate) async fn seat(
     open: &Open,
@@ -153,7 +169,10 @@ pub(crate) async fn seat(
                 inner.durable.bound(core.verifier);
                 // Only what cannot write is ever given.
                 if access == Access::READ && !open.access().contains(Access::WRITE) {
-                    patience.wait("the binding", crate::direct::ask(&channel, &core)).await?;
+                    let mut bound = Bound { channel: &channel, core: &core, kept: false };
+                    // Without a descriptor, or the time to wait for it, reads go to the server.
+                    let _ = patience.wait("the descriptor", crate::direct::ask(&channel, &core)).await;
+                    bound.kept = true;
                 }
                 return Ok(Seat::new(core, channel, incarnation));
             }

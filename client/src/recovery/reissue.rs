@@ -44,6 +44,12 @@ impl Again {
         self.binding.open.is_some() && rebind::is_wanted(error)
     }
 
+    /// True if nothing has come between since a read of the file itself was begun.
+    pub(crate) fn is_direct_still(&self) -> bool {
+        let gate = self.binding.open.as_ref().map_or(Ok(self.begun), |open| open.inner.gate.check());
+        gate.is_ok_and(|now| now == self.begun) && self.binding.direct(&self.seat).is_some()
+    }
+
     /// The server has acknowledged it.
     pub(crate) fn acknowledged(&self) {
         if let (true, Some(open)) = (self.piece.write, &self.binding.open) {

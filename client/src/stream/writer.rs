@@ -20,7 +20,9 @@ use tokio::task::JoinSet;
 /// waits only while all chunks are under way.
 ///
 /// So an error may be told later than by the write it belongs to: at the next write, flush or shutdown, and at each that
-/// follows. Then it is not known which bytes after the last successful flush have reached the file.
+/// follows. Then it is not known which bytes after the last successful flush have reached the file. Once a flush or
+/// shutdown has told it, nothing of the stream is under way any more; what a writer had under way that was dropped may
+/// still reach the file.
 ///
 /// [`Writer::flush`] returns when every byte was answered for and the server has made it durable;
 /// [`Writer::shutdown`] does the same, and ends the stream. A writer that is dropped without either has promised nothing: what
@@ -221,9 +223,10 @@ impl Writer {
     fn poll_durable(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         loop {
             if self.flushing.is_none() {
-                self.check()?;
-                self.push_out();
-                // All of them, also after an error.
+                if self.failed.is_none() && !self.shut {
+                    self.push_out();
+                }
+                // All of them, also after an error: who writes those bytes again must not be overtaken by an old chunk.
                 while let Some(ended) = ready!(self.writes.poll_join_next(cx)) {
                     self.ended(ended.unwrap_or(Err(Error::Internal("a write of a stream was cancelled"))));
                 }

@@ -298,6 +298,8 @@ impl Stripes {
 
     async fn give_back(&self) -> Result<()> {
         let rails = self.inner.rails.swap(Arc::default());
+        // Who waits for a rail waits in vain.
+        self.inner.tell();
         let mut outcome = Ok(());
         for rail in rails.iter() {
             let given = rail.binding.unbind().await;

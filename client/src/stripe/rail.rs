@@ -182,7 +182,9 @@ impl Inner {
         let healing = Healing(Arc::clone(rail));
         // Bound again by the healer before: that seat is another matter.
         if !Arc::ptr_eq(&rail.binding.seat(), &seat) {
-            return;
+            // Who has looked meanwhile saw one that was being healed.
+            drop(healing);
+            return self.tell();
         }
         let inner = Arc::downgrade(self);
         let open = self.open.clone();
@@ -195,13 +197,16 @@ impl Inner {
                 tokio::time::sleep(backoff.next()).await;
                 match rail.binding.replace(&mut Trials::new(&open), &open, &seat).await {
                     Ok(()) => break None,
-                    Err(error) => match Lost::of(&error) {
-                        Some(lost) => {
-                            tracing::debug!(%error, "a data channel is left out from now on");
-                            break Some(lost);
+                    // An open that is over does not come back, whatever the attempt met.
+                    Err(error) => {
+                        match open.inner.gate.over().cloned().map(Lost::Over).or_else(|| Lost::of(&error)) {
+                            Some(lost) => {
+                                tracing::debug!(%error, "a data channel is left out from now on");
+                                break Some(lost);
+                            }
+                            None => tracing::debug!(%error, "a data channel is not back yet"),
                         }
-                        None => tracing::debug!(%error, "a data channel is not back yet"),
-                    },
+                    }
                 }
             };
             let Some(inner) = inner.upgrade() else { return };
@@ -221,7 +226,8 @@ impl Inner {
             .rcu(|rails| rails.iter().filter(|other| !Arc::ptr_eq(other, rail)).cloned().collect::<Vec<_>>());
     }
 
-    fn tell(&self) {
+    /// Wakes who waits for a rail.
+    pub(super) fn tell(&self) {
         self.news.send_modify(|count| *count = count.wrapping_add(1));
     }
 }

@@ -101,7 +101,12 @@ impl Prefix {
     }
 
     /// Bytes up to the first that is missing; the error, if a piece failed before anything was missing.
-    fn result(self) -> Result<usize> {
+    fn result(mut self) -> Result<usize> {
+        // Whoever writes the rest again must know that an old piece of it may yet land.
+        let unknown = |outcome: &Option<_>| matches!(outcome, Some(Err(Error::WriteFateUnknown)));
+        if let Some(nth) = self.pieces.iter().position(|(_, outcome)| unknown(outcome)) {
+            return self.pieces.swap_remove(nth).1.unwrap_or(Ok(0));
+        }
         let mut total = 0;
         for (wanted, outcome) in self.pieces {
             let count = outcome.unwrap_or(Ok(0))?;
@@ -145,6 +150,11 @@ mod tests {
         for order in [[0, 1, 2, 3], [3, 2, 1, 0]] {
             assert!(matches!(came([Ok(10), failed(), Ok(10), Ok(3)], order), Err(Error::WritesLost)));
             assert!(matches!(came([Ok(10), Ok(4), failed(), Ok(10)], order), Ok(14)));
+            let unknown = came([Ok(10), Ok(4), Err(Error::WriteFateUnknown), Ok(10)], order);
+            assert!(
+                matches!(unknown, Err(Error::WriteFateUnknown)),
+                "it may yet land on what is written next"
+            );
         }
     }
 

@@ -134,6 +134,7 @@ pub struct Driver {
     silent: Option<Silent>,
     /// Changes that take bytes away from files which may be mapped.
     shrinking: BTreeMap<OperationId, Shrinking>,
+    last_withdraw: u64,
     done: mpsc::UnboundedSender<Done>,
     results: mpsc::UnboundedReceiver<Done>,
     journal_events: mpsc::UnboundedReceiver<JournalEvent>,
@@ -158,6 +159,7 @@ impl Driver {
             link: None,
             silent: None,
             shrinking: BTreeMap::new(),
+            last_withdraw: 0,
             done,
             results,
             journal_events: hands.journal_events,

@@ -13,7 +13,7 @@
 
 use super::{Driver, OperationId};
 use holdfast_shared::state::{Subject, Work};
-use holdfast_shared::wire::link::{ToDataplane, Withdraw};
+use holdfast_shared::wire::link::{MAPPABLE_AS_SAID, ToDataplane, Withdraw};
 
 /// A change that waits or is under way.
 pub(super) struct Shrinking {
@@ -41,7 +41,7 @@ impl Driver {
         };
         match stat {
             Some(stat) => {
-                let withdraw = Withdraw { id: operation.0, device: stat.st_dev, inode: stat.st_ino };
+                let withdraw = Withdraw { id: self.next_withdraw(), device: stat.st_dev, inode: stat.st_ino };
                 self.shrinking.insert(operation, Shrinking { withdraw, work: Some(work) });
                 self.to_dataplane(ToDataplane::Withdraw(withdraw), None);
             }
@@ -49,31 +49,44 @@ impl Driver {
         }
     }
 
+    /// A number that no answer to an earlier question bears, not even to one of an earlier control: those may still come.
+    fn next_withdraw(&mut self) -> u64 {
+        self.last_withdraw = self.last_withdraw.max(super::wall_ms() << 16) + 1;
+        self.last_withdraw
+    }
+
     /// Nothing of a file is mapped any more.
     pub(super) fn withdrawn(&mut self, id: u64) {
-        let operation = OperationId(id);
-        if let Some(work) = self.shrinking.get_mut(&operation).and_then(|shrinking| shrinking.work.take()) {
+        let answered = self.shrinking.iter_mut().find(|(_, shrinking)| shrinking.withdraw.id == id);
+        if let Some((operation, work)) =
+            answered.and_then(|(id, shrinking)| Some((*id, shrinking.work.take()?)))
+        {
             self.work(operation, work);
         }
     }
 
     /// Work has ended.
     pub(super) fn performed(&mut self, operation: OperationId) {
-        if self.shrinking.remove(&operation).is_some() {
-            self.to_dataplane(ToDataplane::Mappable(operation.0), None);
+        if let Some(shrinking) = self.shrinking.remove(&operation) {
+            self.to_dataplane(ToDataplane::Mappable(shrinking.withdraw.id), None);
         }
     }
 
-    /// A dataplane has registered that knows nothing of what was asked before; changes under way included.
-    pub(super) fn withdraw_again(&self) {
-        for shrinking in self.shrinking.values() {
+    /// A dataplane has registered, which keeps to what was asked before until it is told otherwise. What waits or is under way
+    /// is asked again.
+    pub(super) fn withdraw_again(&mut self) {
+        let mut all = std::mem::take(&mut self.shrinking);
+        for shrinking in all.values_mut() {
+            shrinking.withdraw.id = self.next_withdraw();
             self.to_dataplane(ToDataplane::Withdraw(shrinking.withdraw), None);
         }
+        self.shrinking = all;
+        self.to_dataplane(ToDataplane::Mappable(MAPPABLE_AS_SAID), None);
     }
 
     /// There is no dataplane that maps anything.
     pub(super) fn nothing_is_mapped(&mut self) {
-        let waiting: Vec<u64> = self.shrinking.keys().map(|operation| operation.0).collect();
+        let waiting: Vec<u64> = self.shrinking.values().map(|shrinking| shrinking.withdraw.id).collect();
         for id in waiting {
             self.withdrawn(id);
         }

@@ -152,6 +152,9 @@ pub(crate) struct Conn {
     pub(super) pinner: Option<Pinner>,
     /// Places from files done.
     placed: Vec<Placed>,
+    /// Places from files submitted and completed ever: the device reads the pages in between.
+    pub(super) pinned_begun: u64,
+    pub(super) pinned_ended: u64,
     pub(super) storage_ops: usize,
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
@@ -205,6 +208,8 @@ impl Conn {
             cheap: capabilities.cheap_poll,
             pinner,
             placed: Vec::new(),
+            pinned_begun: 0,
+            pinned_ended: 0,
             storage_ops: 0,
             maps: ChannelMaps::default(),
             held: 0,
@@ -286,6 +291,7 @@ impl Conn {
         for at in 0..self.placed.len() {
             self.ops = self.ops.saturating_sub(1);
             self.completed += 1;
+            self.pinned_ended += 1;
             self.placed_for(cx, self.placed[at].token, self.placed[at].outcome.err());
         }
         self.placed.clear();

@@ -44,6 +44,11 @@ impl Conn {
         match duplicate {
             Ok(descriptor) => {
                 cx.gauges.descriptors_given_total.add(1);
+                // Once for each binding: the kernel counts those on their way, for all of this process together, and one peer that
+                // does not read must not use that up.
+                if let Some(binding) = request.binding.and_then(|name| self.bindings.get_mut(name)) {
+                    binding.gives_descriptor = false;
+                }
                 self.reply_with_descriptor(cx, slot, request, descriptor);
                 None
             }

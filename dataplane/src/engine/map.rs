@@ -125,8 +125,11 @@ impl Conn {
         let (Some(maps), Some(wanted)) = (&cx.maps, &request.map) else { return Err(Status::Unsupported) };
         let binding = request.binding.and_then(|name| self.bindings.get_mut(name)).ok_or(Status::NotBound)?;
         let file = binding.file.as_ref().map(Arc::clone).ok_or(Status::Fenced)?;
-        let size = rustix::fs::fstat(file.descriptor()).map_err(|_| Status::Io)?.st_size;
-        let size = u64::try_from(size).unwrap_or(0);
+        let stat = || rustix::fs::fstat(file.descriptor()).map_err(|_| Status::Io);
+        let first = stat()?;
+        // Before its size is asked: what it loses from now on is noticed.
+        let making = maps.begin(FileId(first.st_dev, first.st_ino)).ok_or(Status::Unavailable)?;
+        let size = u64::try_from(stat()?.st_size).unwrap_or(0);
         let length = wanted.length.min(size.saturating_sub(request.offset));
         let range = ByteRange::new(request.offset, length).map_err(|_| Status::BadRange)?;
         if length == 0 {
@@ -146,7 +149,8 @@ impl Conn {
         }
         let reserved = maps.reserve(bytes).ok_or(Status::TooMany)?;
         let (lane, claimed) = (wanted.lane, maps.lanes().try_claim(&wanted.lane));
-        let job = Expose { worker: cx.worker, conn: self.key, slot, file, lane, claimed, range, reserved };
+        let job =
+            Expose { worker: cx.worker, conn: self.key, slot, file, lane, claimed, range, making, reserved };
         maps.expose.send(job).map_err(|_| Status::Internal)?;
         mine.count += 1;
         mine.bytes += bytes;
@@ -159,7 +163,7 @@ impl Conn {
 
     /// The mapper is done with a Map.
     pub(crate) fn exposed(&mut self, cx: &mut Cx, done: ExposeDone) {
-        let ExposeDone { slot, range, bytes, outcome, .. } = done;
+        let ExposeDone { slot, range, bytes, making, outcome, .. } = done;
         self.storage_ops = self.storage_ops.saturating_sub(1);
         let taken = self.requests.get_mut(usize::from(slot)).and_then(Option::take);
         let Some(mut request) = taken else {
@@ -182,11 +186,12 @@ impl Conn {
         };
         let allowed = if self.phase == Phase::Open { allowed } else { Err(Status::Closed) };
         let status = match (outcome, allowed, request.binding) {
-            (Ok((exposed, reserved, file)), allowed, Some(binding)) => {
+            (Ok((exposed, reserved)), allowed, Some(binding)) => {
                 self.maps.last += 1;
-                let mapping = Mapping { number: self.maps.last, binding, range, file, exposed, reserved };
-                let barred = cx.maps.as_ref().is_some_and(|maps| maps.is_barred(file));
-                match if barred { Err(Status::Unavailable) } else { allowed } {
+                let (number, file) = (self.maps.last, making.file);
+                let mapping = Mapping { number, binding, range, file, exposed, reserved };
+                // Barred from now on it is withdrawn like any other: that letter comes later.
+                match if making.is_spoiled() { Err(Status::Unavailable) } else { allowed } {
                     Ok(()) => {
                         let granted = Mapped {
                             credits: 1.into(),

@@ -31,8 +31,7 @@ pub(crate) struct Maps {
     pub(crate) limits: MapConfig,
     used: Arc<Mutex<Used>>,
     gauges: Arc<Gauges>,
-    /// Files of which nothing may be mapped now, by the number of what control does to them.
-    barred: Mutex<HashMap<u64, FileId>>,
+    bars: Arc<Mutex<Bars>>,
     pub(super) expose: Sender<Expose>,
     withdraw: Sender<WithdrawJob>,
 }
@@ -59,6 +58,36 @@ impl MapThreads {
 struct Used {
     mappings: usize,
     bytes: u64,
+}
+
+/// Files of which nothing may be mapped.
+#[derive(Default)]
+struct Bars {
+    /// By the number of what control does to them; and whether it was a control, or a link, of before that said so.
+    barred: HashMap<u64, (FileId, bool)>,
+    /// What is being mapped, and whether its file has been barred since that began.
+    making: HashMap<u64, (FileId, bool)>,
+    last: u64,
+}
+
+/// A mapping that is being made, from the look at the file on until it is granted.
+pub(super) struct Making {
+    bars: Arc<Mutex<Bars>>,
+    ticket: u64,
+    pub(super) file: FileId,
+}
+
+impl Making {
+    /// True if bytes may have been taken away from the file since: what was pinned may be of before.
+    pub(super) fn is_spoiled(&self) -> bool {
+        self.bars.lock().making.get(&self.ticket).is_none_or(|(_, spoiled)| *spoiled)
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.bars.lock().making.remove(&self.ticket);
+    }
 }
 
 /// A place among the mappings of all channels; given back when the pages are unpinned.
@@ -88,6 +117,7 @@ pub(super) struct Expose {
     /// The lane, if it could be claimed at once: it must not grow too old behind other jobs.
     pub(super) claimed: Option<Claimed>,
     pub(super) range: ByteRange,
+    pub(super) making: Making,
     pub(super) reserved: Reserved,
 }
 
@@ -97,7 +127,8 @@ pub(crate) struct ExposeDone {
     pub(super) slot: u16,
     pub(super) range: ByteRange,
     pub(super) bytes: u64,
-    pub(super) outcome: Result<(Exposed, Reserved, FileId), Status>,
+    pub(super) making: Making,
+    pub(super) outcome: Result<(Exposed, Reserved), Status>,
 }
 
 /// A mapping to be withdrawn.
@@ -162,7 +193,7 @@ impl Maps {
         let run = move || withdraw_all(&to_withdraw, &inboxes);
         threads.push(std::thread::Builder::new().name("withdrawer".into()).spawn(run)?);
         let used = Arc::default();
-        let maps = Arc::new(Self { lanes, limits, used, gauges, barred: Mutex::default(), expose, withdraw });
+        let maps = Arc::new(Self { lanes, limits, used, gauges, bars: Arc::default(), expose, withdraw });
         Ok(MapThreads { maps, threads })
     }
 
@@ -173,19 +204,37 @@ impl Maps {
 
     /// Nothing of the file may be mapped until [`Maps::unbar`].
     pub(super) fn bar(&self, id: u64, file: FileId) {
-        self.barred.lock().insert(id, file);
+        let mut bars = self.bars.lock();
+        bars.barred.insert(id, (file, false));
+        for (making, spoiled) in bars.making.values_mut() {
+            *spoiled |= *making == file;
+        }
     }
 
     pub(super) fn unbar(&self, id: u64) {
-        self.barred.lock().remove(&id);
+        self.bars.lock().barred.remove(&id);
     }
 
-    pub(super) fn unbar_all(&self) {
-        self.barred.lock().clear();
+    /// A control asks what there is. What it wants barred it says, and then has the rest forgotten.
+    pub(super) fn bars_are_old(&self) {
+        self.bars.lock().barred.values_mut().for_each(|(_, old)| *old = true);
     }
 
-    pub(super) fn is_barred(&self, file: FileId) -> bool {
-        self.barred.lock().values().any(|barred| *barred == file)
+    /// See [`Maps::bars_are_old`].
+    pub(super) fn forget_old_bars(&self) {
+        self.bars.lock().barred.retain(|_, (_, old)| !*old);
+    }
+
+    /// Begins to map something of a file; `None` if that may not be now.
+    pub(super) fn begin(&self, file: FileId) -> Option<Making> {
+        let mut bars = self.bars.lock();
+        if bars.barred.values().any(|(barred, _)| *barred == file) {
+            return None;
+        }
+        bars.last += 1;
+        let ticket = bars.last;
+        bars.making.insert(ticket, (file, false));
+        Some(Making { bars: Arc::clone(&self.bars), ticket, file })
     }
 
     /// Has a mapping withdrawn.
@@ -214,11 +263,12 @@ impl Maps {
 }
 
 fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
-    while let Ok(Expose { worker, conn, slot, file, lane, claimed, range, reserved }) = jobs.recv() {
+    while let Ok(Expose { worker, conn, slot, file, lane, claimed, range, making, reserved }) = jobs.recv() {
         let bytes = reserved.bytes;
         let outcome = match (claimed.or_else(|| lanes.claim(&lane)), usize::try_from(range.length())) {
-            (Some(claimed), Ok(length)) => FileId::of(file.descriptor())
-                .and_then(|id| Ok((claimed.expose(file.descriptor(), range.offset(), length)?, reserved, id)))
+            (Some(claimed), Ok(length)) => claimed
+                .expose(file.descriptor(), range.offset(), length)
+                .map(|exposed| (exposed, reserved))
                 .map_err(|error| {
                     tracing::debug!(%error, ?range, "a range cannot be mapped");
                     status_of(&error)
@@ -228,7 +278,7 @@ fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
         };
         // The descriptor is held no longer than the job.
         drop(file);
-        let done = ExposeDone { conn, slot, range, bytes, outcome };
+        let done = ExposeDone { conn, slot, range, bytes, making, outcome };
         inboxes[worker].send(Letter::Exposed(Box::new(done)));
     }
 }

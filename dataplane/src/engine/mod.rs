@@ -64,7 +64,9 @@ use backend::Storage;
 use crossbeam::atomic::AtomicCell;
 use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
-use holdfast_shared::wire::link::{Fence, LinkBinding, Redeem, Restrict, Restricted, Withdraw, Wrote};
+use holdfast_shared::wire::link::{
+    Fence, LinkBinding, MAPPABLE_AS_SAID, Redeem, Restrict, Restricted, Withdraw, Wrote,
+};
 use holdfast_transport::verbs::Lanes;
 use holdfast_transport::{Channel, Setup};
 use holdfast_verbs::memory::Pool;
@@ -341,7 +343,7 @@ impl Engine {
     }
 
     /// Control is about to take bytes away from a file. Answered when no byte of it is served one-sided any more; and none is
-    /// mapped before [`Engine::mappable`], or the next [`Engine::snapshot`].
+    /// mapped before [`Engine::mappable`].
     pub fn withdraw(&self, withdraw: Withdraw) {
         let mapping = self.mapping.lock();
         let Some(threads) = &*mapping else { return self.port.withdrawn(withdraw.id) };
@@ -354,10 +356,13 @@ impl Engine {
         }
     }
 
-    /// The change of that number has ended.
+    /// The change of that number has ended; [`MAPPABLE_AS_SAID`]: all that was asked for before the last [`Engine::snapshot`],
+    /// and not since.
     pub fn mappable(&self, id: u64) {
-        if let Some(threads) = &*self.mapping.lock() {
-            threads.maps.unbar(id);
+        match &*self.mapping.lock() {
+            Some(threads) if id == MAPPABLE_AS_SAID => threads.maps.forget_old_bars(),
+            Some(threads) => threads.maps.unbar(id),
+            None => {}
         }
     }
 
@@ -366,7 +371,7 @@ impl Engine {
     pub fn snapshot(&self) -> Snapshot {
         self.registry.forget_versions();
         if let Some(threads) = &*self.mapping.lock() {
-            threads.maps.unbar_all();
+            threads.maps.bars_are_old();
         }
         let (to, from) = std::sync::mpsc::channel();
         for inbox in &self.inboxes {

@@ -45,8 +45,9 @@ const REFUSED: Duration = Duration::from_secs(10);
 const FILES_MAX: usize = 1024;
 /// Extents of one file whose reads are counted.
 const COUNTED_MAX: usize = 4096;
-/// So long ago must the last change of a file be: longer than the tick of any clock that stamps files.
-pub(super) const SETTLED: Duration = Duration::from_millis(100);
+/// So long ago must the last change of a file be: longer than the tick of the clock that stamps files, and than what is stamped
+/// when it begins and takes pages away when it ends.
+pub(super) const SETTLED: Duration = Duration::from_secs(1);
 
 /// One file, by device and inode number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -253,7 +254,9 @@ impl PinnedFiles {
             Err(lasting) => {
                 self.count_out(bytes);
                 if let Some(file) = self.files.get_mut(&key) {
-                    file.extents.remove(&index);
+                    if let Some(Extent::Pinning) = file.extents.get(&index) {
+                        file.extents.remove(&index);
+                    }
                     file.refused_until = lasting.then_some(now + REFUSED);
                 }
                 return;
@@ -268,7 +271,12 @@ impl PinnedFiles {
         match self.files.get_mut(&key) {
             Some(file) if file.bindings > 0 => {
                 file.stamp = Some(stamp);
-                file.extents.insert(index, Extent::Pinned { pages, used: now });
+                // Its binding had gone and come again meanwhile, and it was asked for twice.
+                if let Some(Extent::Pinned { pages, .. }) =
+                    file.extents.insert(index, Extent::Pinned { pages, used: now })
+                {
+                    self.let_go(pages);
+                }
             }
             _ => self.let_go(pages),
         }

@@ -6,6 +6,7 @@
 //!              └─► counted (`pinned`) ◄──────┘ ─► the usual way (`transfer`)
 //! ```
 
+use super::RESERVE;
 use super::binding::Pins;
 use super::channel::{Conn, Cx, Token};
 use super::pinned::{EXTENT_BYTES, FileKey, READ_BYTES_MIN, extents};
@@ -23,7 +24,8 @@ impl Conn {
         request: &mut Request,
         bytes: &mut usize,
     ) -> Option<Option<Step>> {
-        if request.looked || request.length < READ_BYTES_MIN {
+        // While new rules wait for what began before, nothing begins that the device reads later than it is answered.
+        if request.looked || request.length < READ_BYTES_MIN || !self.restricting.is_empty() {
             return None;
         }
         let (Some(pinned), Some(pinner)) = (&mut cx.pinned, &self.pinner) else { return None };
@@ -53,6 +55,11 @@ impl Conn {
             return None;
         }
         let pieces = extents(offset, length).count();
+        // More than ever fit, or longer than the device does at once.
+        if pieces + 1 + RESERVE > self.depth || (self.transfer_max as u64) < EXTENT_BYTES {
+            request.looked = true;
+            return None;
+        }
         // Before the file is asked: what it says must be so when the Places are posted, behind all that came before.
         if !self.room(pieces + 1) || !self.can_reply() {
             return Some(Some(Step::NoRoom));
@@ -85,6 +92,7 @@ impl Conn {
             if let Some(binding) = self.bindings.get_mut(at) {
                 binding.transport_ops += 1;
             }
+            self.pinned_begun += 1;
             self.begun(cx.now, cx.settings.limits.stuck_ms);
             done += piece;
         }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Only what hangs on the peer is cut off; storage is waited for. A read counts as ended when its reply is submitted: its
-//! last bytes may still be on their way to the client's region, but they were read before.
+//! last bytes may still be on their way to the client's region, but they were read before. Not so one that is placed straight from the
+//! file's pages: the device reads them later, and so the Place is waited for.
 
 use super::ControlPort;
 use super::channel::{Conn, Cx, Phase};
@@ -83,6 +84,8 @@ pub(crate) struct Restricting {
     restriction: Arc<Restriction>,
     /// Requests admitted before this one are waited for.
     before: u64,
+    /// And this many Places from files.
+    pinned: u64,
     progress: Progress,
     /// When the peer is cut off: if nothing moved, and in any case.
     by: Instant,
@@ -96,6 +99,7 @@ struct Progress {
     begun: u64,
     fetches: u64,
     storage: u64,
+    pinned: u64,
     /// What the channel as a whole completed: for those that wait for room only.
     completed: u64,
 }
@@ -116,13 +120,15 @@ impl Conn {
         }
         self.withdraw_restricted(cx, restriction.open());
         let before = self.admitted;
-        let progress = self.restrict_progress(restriction.open(), before);
+        let pinned = self.pinned_begun;
+        let progress = self.restrict_progress(restriction.open(), before, pinned);
         if progress.requests > 0 {
             restriction.left.fetch_add(1, Ordering::AcqRel);
             cx.gauges.restricts_pending.add(1);
             self.restricting.push(Restricting {
                 restriction: Arc::clone(restriction),
                 before,
+                pinned,
                 progress,
                 by: cx.after(cx.settings.limits.fence_ms),
                 latest: cx.after(cx.settings.limits.stuck_ms.max(cx.settings.limits.fence_ms)),
@@ -142,7 +148,14 @@ impl Conn {
         })
     }
 
-    fn restrict_progress(&self, open: OpenId, before: u64) -> Progress {
+    /// Places from files that are under way, of the first so many; whosever they are.
+    fn pinned_left(&self, until: u64) -> u64 {
+        // At the end, those that were never posted come back before those that were.
+        let until = if self.phase == Phase::Open { until } else { self.pinned_begun };
+        until.saturating_sub(self.pinned_ended)
+    }
+
+    fn restrict_progress(&self, open: OpenId, before: u64, pinned: u64) -> Progress {
         let mut progress = Progress::default();
         for request in self.restricted_requests(open, before) {
             progress.requests += 1;
@@ -153,6 +166,8 @@ impl Conn {
         let withdrawing = self.withdrawing(open);
         progress.requests += withdrawing;
         progress.storage += withdrawing as u64;
+        progress.pinned = self.pinned_left(pinned);
+        progress.requests += usize::try_from(progress.pinned).unwrap_or(usize::MAX);
         if progress.fetches == 0 {
             progress.completed = self.completed;
         }
@@ -163,7 +178,7 @@ impl Conn {
     pub(crate) fn finish_restrictions(&mut self, cx: &Cx) {
         let mut at = 0;
         while let Some(waiting) = self.restricting.get(at) {
-            let progress = self.restrict_progress(waiting.restriction.open(), waiting.before);
+            let progress = self.restrict_progress(waiting.restriction.open(), waiting.before, waiting.pinned);
             if progress.requests == 0 {
                 self.restricting.swap_remove(at).restriction.done();
                 cx.gauges.restricts_pending.sub(1);
@@ -185,7 +200,10 @@ impl Conn {
         let hangs_on_peer = |request: &Request| request.fetches > 0 || (request.storage == 0 && self.ops > 0);
         self.restricting
             .iter()
-            .filter(|w| self.restricted_requests(w.restriction.open(), w.before).any(hangs_on_peer))
+            .filter(|w| {
+                self.pinned_left(w.pinned) > 0
+                    || self.restricted_requests(w.restriction.open(), w.before).any(hangs_on_peer)
+            })
             .map(|w| w.by.min(w.latest))
             .min()
     }

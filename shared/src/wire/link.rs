@@ -102,16 +102,19 @@ pub enum ToDataplane {
     /// Bytes are about to be taken away from a file: withdraw what is mapped of it, say so, and map nothing of it until `Mappable`.
     #[n(5)]
     Withdraw(#[n(0)] Withdraw),
-    /// The change that a `Withdraw` of this number came before has ended.
+    /// The change that a `Withdraw` of this number came before has ended. [`MAPPABLE_AS_SAID`] follows a registration, behind
+    /// all that is asked again: what was asked on earlier links and not again has ended.
     #[n(6)]
     Mappable(#[n(0)] u64),
 }
 
-/// See [`ToDataplane::Withdraw`]. One that was asked for on an earlier link is forgotten with a registration; control asks
-/// again.
+/// See [`ToDataplane::Mappable`].
+pub const MAPPABLE_AS_SAID: u64 = u64::MAX;
+
+/// See [`ToDataplane::Withdraw`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
 pub struct Withdraw {
-    /// Names it, until `Mappable`.
+    /// Names it, until `Mappable`; of no other that this or an earlier control has sent.
     #[n(0)]
     pub id: u64,
     /// The file's device number.

@@ -136,7 +136,7 @@ pub(crate) struct Copy {
     /// Files under way at once
     #[arg(long, default_value = "4", value_parser = parse_count, value_name = "N")]
     pub(crate) parallel: usize,
-    /// Data channels for files of 64 MiB and more; smaller ones use one
+    /// Data channels for files of 64 MiB and more; smaller ones use one, and so does all on the server's own host
     #[arg(long, default_value = "2", value_parser = parse_channels, value_name = "N")]
     pub(crate) channels: usize,
     /// Do not wait until each file is on the disk
@@ -175,7 +175,7 @@ pub(crate) struct Cat {
     /// Chunks of 1 MiB read ahead
     #[arg(long, default_value = "8", value_parser = parse_count, value_name = "N")]
     pub(crate) depth: usize,
-    /// Data channels
+    /// Data channels; on the server's own host it is always one
     #[arg(long, default_value = "1", value_parser = parse_channels, value_name = "N")]
     pub(crate) channels: usize,
 }

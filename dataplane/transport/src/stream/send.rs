@@ -145,6 +145,16 @@ impl Transmit {
                     self.blocked = taken < given;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.blocked = true,
+                // Too many descriptors of this process are on their way, perhaps to somebody who does not read: it goes without,
+                // and the peer is told as much by finding none.
+                Err(error)
+                    if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::TOOMANYREFS) =>
+                {
+                    let lost = self.queue.front_mut().and_then(|first| first.descriptor.take());
+                    if lost.is_none() {
+                        return Err(Ending::Io(error));
+                    }
+                }
                 Err(error) => return Err(Ending::Io(error)),
             }
             if self.blocked {
