@@ -207,7 +207,8 @@ impl Conn {
                 return Err(Status::Invalid);
             }
             if request.ask == Ask::Descriptor {
-                self.may_have_descriptor(binding)?;
+                binding.serves()?;
+                return self.may_have_descriptor(binding);
             }
             return binding.serves();
         }
