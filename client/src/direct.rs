@@ -17,16 +17,13 @@ use crate::error::{Error, Result};
 use crate::region::Region;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::service::TransportKind;
-use holdfast_verbs::memory::Nowait;
+use holdfast_verbs::memory::{IN_MEMORY, Nowait};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::task::JoinHandle;
-
-/// What `statfs` says of file systems whose files are memory and nothing else.
-const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
 
 /// More than this is read on a thread of its own, whether it is in the page cache or not: copying it takes long.
 const NOW_BYTES_MAX: usize = 1 << 20;

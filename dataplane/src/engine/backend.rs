@@ -18,7 +18,7 @@ use crate::last_write::{LastWrite, Writing};
 use crate::limiter::Limiter;
 use crossbeam::queue::ArrayQueue;
 use holdfast_shared::types::Status;
-use holdfast_verbs::memory::{Buffer, Nowait, pread_nowait, pwrite_nowait};
+use holdfast_verbs::memory::{Buffer, IN_MEMORY, Nowait, pread_nowait, pwrite_nowait};
 use rustix::event::EventfdFlags;
 use std::collections::VecDeque;
 use std::io;
@@ -68,8 +68,6 @@ pub trait FileIo: Send + Sync {
 /// Makes a [`FileIo`] of a descriptor from control.
 pub type Opener = Arc<dyn Fn(OwnedFd) -> Arc<dyn FileIo> + Send + Sync>;
 
-/// What `statfs` says of file systems whose files are memory and nothing else.
-const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
 /// Those whose files change their time of change with everything that takes a page away from them.
 const STAMPED: [i64; 3] = [0x0102_1994, 0xef53, 0x5846_5342]; // tmpfs, ext2 to ext4, xfs
 

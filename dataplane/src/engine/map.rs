@@ -125,11 +125,11 @@ impl Conn {
         let (Some(maps), Some(wanted)) = (&cx.maps, &request.map) else { return Err(Status::Unsupported) };
         let binding = request.binding.and_then(|name| self.bindings.get_mut(name)).ok_or(Status::NotBound)?;
         let file = binding.file.as_ref().map(Arc::clone).ok_or(Status::Fenced)?;
-        let stat = || rustix::fs::fstat(file.descriptor()).map_err(|_| Status::Io);
-        let first = stat()?;
+        let id = FileId::of(file.descriptor()).map_err(|_| Status::Io)?;
         // Before its size is asked: what it loses from now on is noticed.
-        let making = maps.begin(FileId(first.st_dev, first.st_ino)).ok_or(Status::Unavailable)?;
-        let size = u64::try_from(stat()?.st_size).unwrap_or(0);
+        let making = maps.begin(id).ok_or(Status::Unavailable)?;
+        let size = rustix::fs::fstat(file.descriptor()).map_err(|_| Status::Io)?.st_size;
+        let size = u64::try_from(size).unwrap_or(0);
         let length = wanted.length.min(size.saturating_sub(request.offset));
         let range = ByteRange::new(request.offset, length).map_err(|_| Status::BadRange)?;
         if length == 0 {

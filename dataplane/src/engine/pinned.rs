@@ -121,8 +121,8 @@ pub(crate) fn extents(offset: u64, length: u64) -> RangeInclusive<u64> {
     offset / EXTENT_BYTES..=last / EXTENT_BYTES
 }
 
-/// Whole pages.
-fn pinned_bytes(pages: &PinnedFile) -> u64 {
+/// What it pins: whole pages.
+pub(super) fn pinned_bytes(pages: &PinnedFile) -> u64 {
     (pages.len() as u64).next_multiple_of(PAGE)
 }
 
@@ -230,14 +230,7 @@ impl PinnedFiles {
         if self.bytes + EXTENT_BYTES > self.bytes_max && !self.make_room(now) {
             return;
         }
-        let pin = Pin {
-            worker: self.worker,
-            key,
-            index,
-            file: Arc::clone(io),
-            pinner: pinner.clone(),
-            bytes: EXTENT_BYTES,
-        };
+        let pin = Pin { worker: self.worker, key, index, file: Arc::clone(io), pinner: pinner.clone() };
         if self.jobs.send(Job::Pin(pin)).is_ok() {
             self.count_in(EXTENT_BYTES);
             if let Some(file) = self.files.get_mut(&key) {
@@ -248,11 +241,11 @@ impl PinnedFiles {
 
     /// The pinner has done what [`PinnedFiles::warm`] asked for.
     pub(crate) fn pinned(&mut self, done: PinDone, now: Instant) {
-        let PinDone { key, index, bytes, outcome } = done;
+        let PinDone { key, index, outcome } = done;
         let (pages, stamp) = match outcome {
             Ok(pinned) => pinned,
             Err(lasting) => {
-                self.count_out(bytes);
+                self.count_out(EXTENT_BYTES);
                 if let Some(file) = self.files.get_mut(&key) {
                     if let Some(Extent::Pinning) = file.extents.get(&index) {
                         file.extents.remove(&index);
@@ -263,7 +256,7 @@ impl PinnedFiles {
             }
         };
         // The file may end before the extent does.
-        self.count_out(bytes.saturating_sub(pinned_bytes(&pages)));
+        self.count_out(EXTENT_BYTES.saturating_sub(pinned_bytes(&pages)));
         if self.files.get(&key).is_some_and(|file| file.stamp.is_some_and(|old| old != stamp)) {
             // Pinned later, so what this one says is the newer.
             self.forget(key);
@@ -350,9 +343,8 @@ impl PinnedFiles {
     /// Unpinning goes page by page: not on this thread.
     fn let_go(&mut self, pages: PinnedFile) {
         if pages.is_idle() {
-            let bytes = pinned_bytes(&pages);
             // The thread ends after the workers: there is always somebody to take it.
-            let _ = self.jobs.send(Job::Unpin { worker: self.worker, pages, bytes });
+            let _ = self.jobs.send(Job::Unpin { worker: self.worker, pages });
         } else {
             self.leaving.push(pages);
         }

@@ -9,7 +9,7 @@
 
 use super::backend::FileIo;
 use super::inbox::{Inbox, Letter};
-use super::pinned::{EXTENT_BYTES, FileKey, SETTLED, Stamp};
+use super::pinned::{EXTENT_BYTES, FileKey, SETTLED, Stamp, pinned_bytes};
 use crate::limiter::Limiter;
 use holdfast_transport::verbs::{PinnedFile, Pinner};
 use std::io;
@@ -21,12 +21,7 @@ use std::time::{Duration, SystemTime};
 /// What a worker wants done.
 pub(crate) enum Job {
     Pin(Pin),
-    Unpin {
-        worker: usize,
-        pages: PinnedFile,
-        /// As counted when it was pinned.
-        bytes: u64,
-    },
+    Unpin { worker: usize, pages: PinnedFile },
 }
 
 /// An extent to be pinned.
@@ -36,15 +31,12 @@ pub(crate) struct Pin {
     pub(super) index: u64,
     pub(super) file: Arc<dyn FileIo>,
     pub(super) pinner: Pinner,
-    /// Given back with the answer.
-    pub(super) bytes: u64,
 }
 
 /// What became of a [`Pin`].
 pub(crate) struct PinDone {
     pub(super) key: FileKey,
     pub(super) index: u64,
-    pub(super) bytes: u64,
     /// An error that is `true` will be the same for a while.
     pub(super) outcome: Result<(PinnedFile, Stamp), bool>,
 }
@@ -59,13 +51,14 @@ pub(crate) fn start(inboxes: Vec<Arc<Inbox>>) -> io::Result<(Sender<Job>, JoinHa
 fn run(jobs: &Receiver<Job>, inboxes: &[Arc<Inbox>]) {
     while let Ok(job) = jobs.recv() {
         match job {
-            Job::Pin(Pin { worker, key, index, file, pinner, bytes }) => {
+            Job::Pin(Pin { worker, key, index, file, pinner }) => {
                 let outcome = pin(&*file, &pinner, key, index);
                 // The descriptor is held no longer than the job.
                 drop(file);
-                inboxes[worker].send(Letter::Pinned(Box::new(PinDone { key, index, bytes, outcome })));
+                inboxes[worker].send(Letter::Pinned(Box::new(PinDone { key, index, outcome })));
             }
-            Job::Unpin { worker, pages, bytes } => {
+            Job::Unpin { worker, pages } => {
+                let bytes = pinned_bytes(&pages);
                 drop(pages);
                 inboxes[worker].send(Letter::Unpinned(bytes));
             }

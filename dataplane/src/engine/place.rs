@@ -31,6 +31,9 @@ impl Conn {
         let (Some(pinned), Some(pinner)) = (&mut cx.pinned, &self.pinner) else { return None };
         let at = request.binding?;
         let binding = self.bindings.get_mut(at)?;
+        if binding.pins == Pins::Never {
+            return None;
+        }
         // What has a digest, or is sealed, passes the processor anyway.
         let file =
             if binding.policy.covers_payload() { return None } else { Arc::clone(binding.file.as_ref()?) };

@@ -29,7 +29,7 @@ pub use io::{
     recv_segments_and_descriptor, send_segments, send_segments_and_descriptor,
 };
 pub use mapping::Memory;
-pub use nowait::{Nowait, pread_nowait, pwrite_nowait};
+pub use nowait::{IN_MEMORY, Nowait, pread_nowait, pwrite_nowait};
 pub use pool::{Buffer, Pool};
 pub use region::Region;
 pub use word::MappedWord;

@@ -3,6 +3,10 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+/// What `statfs` says of file systems whose files are memory and nothing else: nothing there waits for a disk, though the kernel
+/// doesn't know `RWF_NOWAIT` for them.
+pub const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
+
 /// What came of an attempt that must not wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nowait {
