@@ -6,14 +6,23 @@ mod common;
 
 use common::{Client, Open, Server, Told, eventually, pattern};
 use holdfast_dataplane::engine::KernelFile;
-use holdfast_shared::auth::MacPolicy;
+use holdfast_shared::auth::{ChannelIdentity, MacPolicy};
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{Restrict, Restricted};
+use holdfast_transport::verbs::{PinnedFile, Pinner};
+use holdfast_transport::{
+    Armed, Capabilities, Channel, ChannelError, Completion, Operation, Placed, RegionDescriptor, Registrar,
+    Rejected, SubmitError,
+};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 const EXTENT: usize = 4 << 20;
 const PIECE: usize = 1 << 20;
@@ -176,48 +185,83 @@ fn nothing_is_pinned_that_is_digested_has_holes_or_is_read_in_small_pieces() {
     assert!(blocks * 512 < 2 * EXTENT as i64, "the hole was filled");
 }
 
-/// The device reads the pages after the read was answered: who is told that the rules are in force may write all the same.
+/// A channel that can be stopped as it takes a Place from a file: nothing is given to the device then.
+struct Held {
+    channel: Box<dyn Channel>,
+    /// 0: goes on; 1: stops at the next Place from a file; 2: stopped.
+    hold: Arc<AtomicU8>,
+}
+
+impl Channel for Held {
+    fn identity(&self) -> &ChannelIdentity {
+        self.channel.identity()
+    }
+    fn peer(&self) -> SocketAddr {
+        self.channel.peer()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.channel.capabilities()
+    }
+    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
+        self.channel.submit(token, operation)
+    }
+    fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
+        if self.hold.load(Ordering::SeqCst) == 2 { 0 } else { self.channel.poll(done) }
+    }
+    fn arm(&mut self) -> Armed {
+        self.channel.arm()
+    }
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.channel.wake_fd()
+    }
+    fn close(&mut self) {
+        self.channel.close();
+    }
+    fn ended(&self) -> Option<ChannelError> {
+        self.channel.ended()
+    }
+    fn registrar(&self) -> Arc<dyn Registrar> {
+        self.channel.registrar()
+    }
+    fn pinner(&self) -> Option<Pinner> {
+        self.channel.pinner()
+    }
+    fn place_pinned(
+        &mut self,
+        token: u64,
+        file: &PinnedFile,
+        range: Range<usize>,
+        remote: RegionDescriptor,
+    ) -> Result<(), SubmitError> {
+        let _ = self.hold.compare_exchange(1, 2, Ordering::SeqCst, Ordering::SeqCst);
+        self.channel.place_pinned(token, file, range, remote)
+    }
+    fn take_placed(&mut self, done: &mut Vec<Placed>) {
+        self.channel.take_placed(done);
+    }
+}
+
+/// The device reads the pages after the read was answered: rules are not in force before it has.
 #[test]
-fn lck_01_what_is_written_under_a_lock_is_in_no_read_that_began_before_it() {
-    let Some(server) = start(64 << 20) else { return };
+fn lck_01_rules_wait_for_reads_that_the_device_has_yet_to_do() {
+    let hold = Arc::new(AtomicU8::new(0));
+    let theirs = Arc::clone(&hold);
+    let wrap = move |channel| Box::new(Held { channel, hold: Arc::clone(&theirs) }) as Box<dyn Channel>;
+    let Some(server) = Server::wrapped(|_| {}, KernelFile::opener(), wrap) else { return };
     let content = vec![b'a'; EXTENT];
     let (mut client, binding, open) = bound(&server, &content);
-    let mut answered = 0;
-    for round in 0..6u64 {
-        warm(&server, &mut client, binding, &content);
-        let part = |n: usize| client.descriptor().part((n * PIECE) as u32, PIECE as u32).unwrap();
-        let parts: Vec<_> = (0..4).map(part).collect();
-        let requests: Vec<u32> = parts
-            .into_iter()
-            .enumerate()
-            .map(|(n, part)| client.send_io(Opcode::Read, binding, (n * PIECE) as u64, PIECE as u32, part))
-            .collect();
-        std::thread::sleep(Duration::from_micros(200 * round));
-        let version = 2 * round + 1;
-        let rules = vec![IoRule { range: ByteRange::new(0, EXTENT as u64).unwrap(), deny: Access::READ }];
-        server.rig.engine.restrict(Restrict { open: open.id, version, rules });
-        let told = |version| Told::Restricted(Restricted { open: open.id, version });
-        eventually("restricted", || server.rig.control.told().contains(&told(version)));
-        open.file.write_all_at(&vec![b'X'; EXTENT], 0).unwrap();
-        for (n, request) in requests.into_iter().enumerate() {
-            match client.answer(request) {
-                (Status::LockConflict, 0) => {}
-                (Status::Ok, count) => {
-                    assert_eq!(count as usize, PIECE);
-                    let mut bytes = vec![0; PIECE];
-                    client.region().copy_out(n * PIECE, &mut bytes).unwrap();
-                    assert!(
-                        bytes.iter().all(|byte| *byte == b'a'),
-                        "round {round}: the lock was not waited for"
-                    );
-                    answered += 1;
-                }
-                other => panic!("{other:?}"),
-            }
-        }
-        server.rig.engine.restrict(Restrict { open: open.id, version: version + 1, rules: vec![] });
-        eventually("free again", || server.rig.control.told().contains(&told(version + 1)));
-        open.file.write_all_at(&content, 0).unwrap();
-    }
-    println!("{answered} reads were answered before their lock");
+    warm(&server, &mut client, binding, &content);
+    hold.store(1, Ordering::SeqCst);
+    let request = client.send_io(Opcode::Read, binding, 0, PIECE as u32, client.descriptor());
+    eventually("the Place is taken, and not given to the device", || hold.load(Ordering::SeqCst) == 2);
+    let told = Told::Restricted(Restricted { open: open.id, version: 1 });
+    let rules = vec![IoRule { range: ByteRange::new(0, EXTENT as u64).unwrap(), deny: Access::READ }];
+    server.rig.engine.restrict(Restrict { open: open.id, version: 1, rules });
+    let is_told = || server.rig.control.told().contains(&told);
+    eventually("judged", || is_told() || server.rig.gauge("restricts_pending") == 1);
+    assert!(!is_told(), "the lock is granted, and the device has yet to read");
+    hold.store(0, Ordering::SeqCst);
+    assert_eq!(client.answer(request), (Status::Ok, PIECE as u32));
+    eventually("restricted", is_told);
+    assert_eq!(client.read(binding, 0, PIECE as u32).0, Status::LockConflict);
 }

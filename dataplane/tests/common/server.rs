@@ -4,7 +4,7 @@
 use super::{Client, Open, Rig};
 use holdfast_dataplane::engine::{Opener, Settings};
 use holdfast_transport::verbs::VerbsListener;
-use holdfast_transport::{Listener, verbs};
+use holdfast_transport::{Channel, Listener, verbs};
 use holdfast_verbs::{Device, FileRegistration};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,6 +21,15 @@ pub struct Server {
 impl Server {
     /// `None` without an RDMA device, or on a kernel that pins no files for reading.
     pub fn start(change: impl FnOnce(&mut Settings), opener: Opener) -> Option<Self> {
+        Self::wrapped(change, opener, |channel| channel)
+    }
+
+    /// As [`Server::start`]; the engine gets what `wrap` makes of each channel.
+    pub fn wrapped(
+        change: impl FnOnce(&mut Settings),
+        opener: Opener,
+        wrap: impl Fn(Box<dyn Channel>) -> Box<dyn Channel> + Send + 'static,
+    ) -> Option<Self> {
         let devices = Device::list().unwrap();
         if devices.iter().any(|device| !FileRegistration::is_possible(device).unwrap()) {
             println!("skipped: this kernel pins no read-only mappings of files");
@@ -41,7 +50,7 @@ impl Server {
         let (engine, stop) = (Arc::clone(&rig.engine), listener.stopper());
         let accepting = Some(std::thread::spawn(move || {
             while let Ok(channel) = listener.accept(&mut |peer| engine.setup(peer)) {
-                engine.adopt(channel);
+                engine.adopt(wrap(channel));
             }
         }));
         Some(Self { rig, address, stop, accepting })
