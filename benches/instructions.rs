@@ -188,7 +188,7 @@ fn engine(count: u32) {
         verifier: 5,
     };
     let control = FakeControl::new();
-    let opener: Opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
+    let opener: Opener = Arc::new(move |fd: OwnedFd, _| -> Arc<dyn FileIo> {
         Arc::new(Marked { file: KernelFile::new(fd), reads: AtomicU32::new(0), count })
     });
     let engine = Engine::start(settings, Arc::clone(&control) as _, opener).expect("an engine");

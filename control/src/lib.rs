@@ -20,6 +20,7 @@ pub mod accept;
 pub mod admin;
 pub mod boot;
 pub mod config;
+mod direct;
 pub mod driver;
 mod errno;
 pub mod gauges;

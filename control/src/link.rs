@@ -10,8 +10,10 @@
 //! tells ([`Peer`]). A registration that is broken off leaves nothing behind: what had come of it is closed.
 //!
 //! Whoever connects must run under our own user. Each packet is one message; a descriptor travels with a grant
-//! (SCM_RIGHTS makes the duplicate: the receiver gets the same open file description).
+//! (SCM_RIGHTS makes the duplicate: the receiver gets the same open file description), and with one of a volume with direct I/O
+//! a second one (`direct`).
 
+use crate::direct;
 use crate::driver::Event;
 use holdfast_shared::types::{LINK_PACKET_BYTES_MAX, OpenId, SERVICE_BLOB_BYTES_MAX, Status};
 use holdfast_shared::wire::link::{
@@ -343,12 +345,22 @@ async fn receive(
 
 async fn send(socket: &AsyncFd<OwnedFd>, packet: &LinkPacket) -> Result<(), LinkError> {
     let mut bytes = to_cbor(&packet.message);
+    let direct = packet.descriptor.as_ref().filter(|_| direct::is_wanted(&packet.message));
+    let direct = direct.and_then(|file| match direct::reopen(file) {
+        Ok(direct) => Some(direct),
+        Err(error) => {
+            // Its volume's files are served all the same. Which file it is the operator sees from the bind that follows.
+            tracing::debug!(%error, "no direct I/O for a file: it is served through the page cache");
+            None
+        }
+    });
     let write = |fd: &OwnedFd| {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let descriptors = packet.descriptor.as_ref().map(|descriptor| [descriptor.as_fd()]);
-        if let Some(descriptors) = &descriptors {
-            control.push(SendAncillaryMessage::ScmRights(descriptors));
+        let own = packet.descriptor.iter().map(|descriptor| descriptor.as_fd());
+        let descriptors: Vec<_> = own.chain(direct.as_ref().map(AsFd::as_fd)).collect();
+        if !descriptors.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(&descriptors));
         }
         Ok(sendmsg(fd, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?)
     };

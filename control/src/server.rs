@@ -275,5 +275,6 @@ fn rules_of(volume: &VolumeConfig, cluster: ClusterId) -> anyhow::Result<VolumeR
         hold_default_ms: volume.hold_ms,
         hold_max_ms: volume.hold_max_ms,
         local_descriptors: volume.gives_descriptors(),
+        direct: volume.is_direct(),
     })
 }

@@ -178,6 +178,12 @@ pub struct EngineConfig {
     pub storage_threads: usize,
     /// Bytes of bulk buffers in all, divided among the workers. Default 128 MiB. On RDMA devices they are pinned.
     pub pool_bytes: usize,
+    /// Take the bulk buffers from the huge pages that are set aside (`vm.nr_hugepages`, 2 MiB each), not from ordinary memory.
+    /// Default false: the kernel is only advised to use huge ones. Without enough of them the process says so, and goes on.
+    pub huge_pages: bool,
+    /// Use io_uring for the direct I/O of volumes that ask for it. Default true; where the kernel does not allow it storage
+    /// threads do the same.
+    pub io_uring: bool,
     /// Bytes of one bulk buffer, which is the largest single transfer. Default 256 KiB.
     pub buffer_bytes: usize,
     /// Bytes of files that may be pinned, divided among the workers: long reads of files that are read again and again and do
@@ -206,6 +212,8 @@ impl Default for EngineConfig {
             workers: 0,
             storage_threads: 4,
             pool_bytes: 128 << 20,
+            huge_pages: false,
+            io_uring: true,
             buffer_bytes: 256 << 10,
             pinned_bytes_max: 64 << 20,
             message_pool_bytes: 64 << 20,

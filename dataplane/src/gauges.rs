@@ -9,6 +9,8 @@
 //! | `mappings`, `mapping_bytes` | ranges exposed for one-sided reads, those being made and withdrawn included; bytes they pin |
 //! | `pinned_file_bytes` | of files that are read again and again, for long reads without a copy; those being pinned and unpinned included |
 //! | `reads_pinned_total` | reads that were placed from them |
+//! | `file_rings`, `file_rings_registered` | workers with io_uring; those whose buffers are registered with it, from their first direct operation on |
+//! | `reads_direct_total`, `writes_direct_total` | pieces of reads and writes that went past the page cache through io_uring |
 //! | `requests_in_flight` | reads, writes and flushes taken and not answered |
 //! | `bytes_read_total`, `bytes_written_total` | bytes of answered reads and writes |
 //! | `held_back_total` | bindings told to a control that came after the one that granted them, each time |
@@ -17,7 +19,7 @@
 //! | `refused_total` | channels turned away or ended for misbehaviour, and binds refused |
 //! | `buffers_free`, `buffers_total` | bulk buffers |
 //! | `message_buffers_free`, `message_buffers_total` | message buffers |
-//! | `storage_queue`, `storage_handovers_total` | jobs at storage threads now; jobs handed over ever |
+//! | `storage_queue`, `storage_handovers_total` | jobs at storage threads and with io_uring now; jobs handed to threads ever |
 //! | `polls_total`, `wakeups_total` | rounds of all workers; times one woke from sleep |
 //! | `mrs`, `pinned_bytes`, `registrations_total`, `qps`, `cqs` | of the RDMA devices |
 //! | `open_fds` | descriptors of the process |
@@ -70,6 +72,10 @@ pub struct Gauges {
     pub mapping_bytes: Count,
     pub pinned_file_bytes: Count,
     pub reads_pinned_total: Count,
+    pub file_rings: Count,
+    pub file_rings_registered: Count,
+    pub reads_direct_total: Count,
+    pub writes_direct_total: Count,
     pub requests_in_flight: Count,
     pub bytes_read_total: Count,
     pub bytes_written_total: Count,
@@ -97,7 +103,7 @@ impl Gauges {
 
     /// Everything, by name.
     pub fn collect(&self) -> Vec<Gauge> {
-        let mut all = Vec::with_capacity(46);
+        let mut all = Vec::with_capacity(52);
         let mut put = |name: &str, value: u64| all.push(Gauge { name: name.to_owned(), value });
         put("channels", self.channels.read());
         put("half_open_channels", self.half_open_channels.read());
@@ -113,6 +119,10 @@ impl Gauges {
         put("mapping_bytes", self.mapping_bytes.read());
         put("pinned_file_bytes", self.pinned_file_bytes.read());
         put("reads_pinned_total", self.reads_pinned_total.read());
+        put("file_rings", self.file_rings.read());
+        put("file_rings_registered", self.file_rings_registered.read());
+        put("reads_direct_total", self.reads_direct_total.read());
+        put("writes_direct_total", self.writes_direct_total.read());
         put("requests_in_flight", self.requests_in_flight.read());
         put("bytes_read_total", self.bytes_read_total.read());
         put("bytes_written_total", self.bytes_written_total.read());

@@ -40,6 +40,10 @@ pub struct Volume {
     /// back: neither locks nor fences bind who has one. Default: as `immutable`.
     #[serde(default)]
     pub local_descriptors: Option<bool>,
+    /// `cached`: files are read and written through the page cache. `direct`: past it, straight between disk and buffers, what is
+    /// aligned, where the file system can. Default: `cached`.
+    #[serde(default)]
+    pub file_io: FileIo,
     /// Who may use it. Nobody by default.
     #[serde(default, rename = "grant")]
     pub grants: Vec<Grant>,
@@ -71,6 +75,17 @@ impl From<Locks> for LockMode {
             Locks::Advisory => Self::Advisory,
         }
     }
+}
+
+/// See [`Volume::file_io`].
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileIo {
+    /// Through the page cache.
+    #[default]
+    Cached,
+    /// Past it.
+    Direct,
 }
 
 /// See [`Volume::mac_policy`].
@@ -132,6 +147,11 @@ impl Volume {
     /// True if clients on this host may be given descriptors.
     pub fn gives_descriptors(&self) -> bool {
         self.local_descriptors.unwrap_or(self.immutable)
+    }
+
+    /// True if its files are read and written past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.file_io == FileIo::Direct
     }
 
     /// The id, if it is given.

@@ -27,6 +27,7 @@ fn read(directory: &Path, settings: &Settings, generation: u64) -> (Recovery, en
         hold_default_ms: 60_000,
         hold_max_ms: 600_000,
         local_descriptors: false,
+        direct: false,
     };
     let keyring = Keyring::new(CLUSTER, 1, &Secret::new([4; 32]));
     let mut recovery = Recovery::new(Limits::default(), vec![rules], keyring, generation);

@@ -30,6 +30,8 @@ pub struct Redemption {
     pub result: RedeemResult,
     /// The descriptor that came with it.
     pub fd: Option<OwnedFd>,
+    /// And another description of the file, for direct I/O.
+    pub direct: Option<OwnedFd>,
 }
 
 impl Redemption {
@@ -103,8 +105,8 @@ impl Conn {
             return redemption.abandon(cx);
         };
         match redemption {
-            Redemption { result: RedeemResult::Granted(grant), fd: Some(fd), .. } => {
-                self.granted(cx, pending.request, &grant, fd);
+            Redemption { result: RedeemResult::Granted(grant), fd: Some(fd), direct, .. } => {
+                self.granted(cx, pending.request, &grant, fd, direct);
             }
             Redemption { result: RedeemResult::Refused(status), .. } => {
                 self.refuse_bind(cx, pending.request, status);
@@ -117,7 +119,7 @@ impl Conn {
         }
     }
 
-    fn granted(&mut self, cx: &mut Cx, request: u32, grant: &Grant, fd: OwnedFd) {
+    fn granted(&mut self, cx: &mut Cx, request: u32, grant: &Grant, fd: OwnedFd, direct: Option<OwnedFd>) {
         let max = usize::from(cx.settings.limits.bindings_max);
         let (requests, rare) = (&self.requests, &self.rare);
         let vacancy = self.bindings.vacancy(max, |name| {
@@ -133,7 +135,7 @@ impl Conn {
         let latch = cx.latches.of(grant.open);
         // A `Restrict` may have overtaken the grant.
         let rules = cx.registry.rules(grant);
-        self.bindings.put(Binding::new(name, grant, (cx.opener)(fd), latch, rules));
+        self.bindings.put(Binding::new(name, grant, (cx.opener)(fd, direct), latch, rules));
         cx.gauges.bindings.add(1);
         if !self.ever_bound {
             self.ever_bound = true;

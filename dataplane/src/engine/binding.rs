@@ -77,6 +77,8 @@ pub(crate) struct Binding {
     pub(crate) policy: MacPolicy,
     /// A client of a local channel may have the descriptor.
     pub(crate) gives_descriptor: bool,
+    /// Its volume is one of direct I/O, which takes pages away from whoever has them pinned.
+    pub(crate) direct: bool,
     pub(crate) from_client: FrameKey,
     pub(crate) to_client: FrameKey,
     pub(crate) payload_in: PayloadKey,
@@ -116,13 +118,14 @@ impl Binding {
             access: grant.access,
             policy,
             gives_descriptor: grant.descriptor,
+            direct: grant.direct,
             from_client: FrameKey::new(&keys.to_server, policy),
             to_client: FrameKey::new(&keys.to_client, policy),
             payload_in: PayloadKey::new(&keys.to_server, policy),
             payload_out: PayloadKey::new(&keys.to_client, policy),
             state: State::Active,
             file: Some(file),
-            pins: Pins::Unknown,
+            pins: if grant.direct { Pins::Never } else { Pins::Unknown },
             latch,
             rules,
             last_write_ns: 0,
@@ -267,6 +270,7 @@ mod tests {
             rules_version: 0,
             transcript: [0; 32],
             descriptor: false,
+            direct: false,
         };
         let fd = rustix::fs::memfd_create("binding", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         Binding::new(name, &grant, Arc::new(KernelFile::new(fd)), Arc::default(), Rules::default())

@@ -11,7 +11,7 @@
 //! Message buffers are the channel's own, taken when it is adopted and when it is first bound: answering never waits for
 //! another channel. Each request is counted against the credits from its receipt until its reply is submitted.
 
-use super::backend::{Opener, StorageSender};
+use super::backend::Opener;
 use super::bind::PendingBind;
 use super::binding::{BindingRef, Bindings};
 use super::door::Door;
@@ -24,6 +24,7 @@ use super::registry::Registry;
 use super::reply::Rare;
 use super::request::{Request, Step};
 use super::restrict::Restricting;
+use super::storage::StorageSender;
 use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, SPARE, Settings};
 use crate::gauges::Gauges;
 use crate::last_write::LastWrite;

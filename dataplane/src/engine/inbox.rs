@@ -6,12 +6,12 @@
 //!  storage threads ─► done (bounded, hot)       ┘
 //! ```
 
-use super::backend::Done;
 use super::bind::Redemption;
 use super::mapper::{ExposeDone, WithdrawDone, Withdrawal};
 use super::pinner::PinDone;
 use super::registry::HeldBinding;
 use super::restrict::Restriction;
+use super::storage::Done;
 use crossbeam::queue::{ArrayQueue, SegQueue};
 use holdfast_shared::wire::link::Fence;
 use holdfast_transport::Channel;

@@ -91,8 +91,8 @@ impl Conn {
         if !request.payload.is_empty() || request.digest.is_some() {
             return Err(Status::Invalid);
         }
-        // What the device serves has no digest, and is not sealed.
-        if self.mappings_max(cx) == 0 || binding.policy.covers_payload() {
+        // What the device serves has no digest, and is not sealed; and its pages must stay the file's.
+        if self.mappings_max(cx) == 0 || binding.policy.covers_payload() || binding.direct {
             return Err(Status::Unsupported);
         }
         let Some(wanted) = &request.map else { return binding.serves() };

@@ -23,7 +23,10 @@
 //! | `map` | one-sided reads: what is exposed, for whom, until when |
 //! | `mapper` | the threads that do it, and the limits of all channels |
 //! | `registry` | which worker has which binding |
-//! | `backend` | file access and storage threads |
+//! | `backend` | file access |
+//! | `direct` | the way past the page cache, for volumes that ask for it |
+//! | `storage` | storage threads: what would hold a worker up |
+//! | `ring` | direct I/O through io_uring, without a thread |
 //! | `latch` | flushes that failed, for each open |
 //! | `ready` | which requests of a channel have something to do |
 //! | `inbox` | what other threads leave for a worker |
@@ -33,6 +36,7 @@ mod bind;
 mod binding;
 mod channel;
 mod descriptor;
+mod direct;
 mod door;
 mod ending;
 mod fence;
@@ -49,18 +53,20 @@ mod registry;
 mod reply;
 mod request;
 mod restrict;
+mod ring;
+mod storage;
 mod transfer;
 mod worker;
 
 pub use backend::{FileIo, KernelFile, Opener, status_of};
 pub use bind::Redemption;
+pub use direct::DirectIo;
 pub use pinned::{FileId, Stamp};
 pub use registry::{HeldBinding, Snapshot};
 
 use crate::config::{EngineConfig, Limits, MapConfig};
 use crate::gauges::Gauges;
 use crate::last_write::LastWrite;
-use backend::Storage;
 use crossbeam::atomic::AtomicCell;
 use door::{Answer, Door};
 use holdfast_shared::types::{FRAME_BYTES_MAX, Status};
@@ -75,12 +81,14 @@ use mapper::{MapThreads, Maps, Withdrawal};
 use parking_lot::Mutex;
 use pinned::PinnedFiles;
 use registry::Registry;
+use ring::StorageRing;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use storage::Storage;
 
 /// Requests a channel may have in flight before its first binding.
 pub const CREDITS_UNBOUND: u16 = 2;
@@ -155,6 +163,40 @@ pub struct Engine {
     pinner: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// A worker's bulk buffers.
+fn bulk_pool(config: &EngineConfig, buffers: usize) -> io::Result<Pool> {
+    if config.huge_pages {
+        match Pool::new_reserved(config.buffer_bytes, buffers) {
+            Ok(pool) => return Ok(pool),
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    bytes = config.buffer_bytes * buffers,
+                    "not enough huge pages are set aside (vm.nr_hugepages): ordinary memory is used"
+                );
+            }
+        }
+    }
+    Pool::new(config.buffer_bytes, buffers)
+}
+
+/// A worker's ring for direct I/O. `None`: storage threads do it.
+fn storage_ring(config: &EngineConfig, pool: &Pool, gauges: &Gauges) -> Option<StorageRing> {
+    if !config.io_uring {
+        return None;
+    }
+    match StorageRing::new(pool.clone()) {
+        Ok(ring) => {
+            gauges.file_rings.add(1);
+            Some(ring)
+        }
+        Err(error) => {
+            tracing::info!(%error, "no io_uring here: storage threads do direct I/O");
+            None
+        }
+    }
+}
+
 impl Engine {
     /// Starts workers and storage threads.
     ///
@@ -167,8 +209,7 @@ impl Engine {
         let workers = config.worker_count();
         let messages = Pool::new(FRAME_BYTES_MAX, (config.message_pool_bytes / FRAME_BYTES_MAX).max(8))?;
         let each = (config.pool_bytes / workers / config.buffer_bytes).max(1);
-        let bulk: Vec<Pool> =
-            (0..workers).map(|_| Pool::new(config.buffer_bytes, each)).collect::<io::Result<_>>()?;
+        let bulk: Vec<Pool> = (0..workers).map(|_| bulk_pool(config, each)).collect::<io::Result<_>>()?;
         gauges.set_pools(bulk.clone(), messages.clone());
         let inboxes: Vec<Arc<Inbox>> =
             (0..workers).map(|_| Inbox::new().map(Arc::new)).collect::<io::Result<_>>()?;
@@ -198,7 +239,7 @@ impl Engine {
                 settings: Arc::clone(&settings),
                 bulk: pool.clone(),
                 messages: messages.clone(),
-                storage: storage.sender(),
+                storage: storage.sender(storage_ring(config, pool, &gauges)),
                 port: Arc::clone(&port),
                 registry: Arc::clone(&registry),
                 latches: Arc::clone(&latches),

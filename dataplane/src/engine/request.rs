@@ -10,10 +10,10 @@
 //!                   └─ unbind: the binding drains, see `fence` ───────────────────────────► reply
 //! ```
 
-use super::backend::Work;
 use super::binding::{BindingRef, Drain};
 use super::channel::{Conn, Cx, Phase};
 use super::map::Wanted;
+use super::storage::Work;
 use holdfast_shared::types::{Access, ByteRange, INLINE_BYTES_MAX, RegionDescriptor, Status};
 use holdfast_shared::wire::data::{Body, Flags, Frame, TAG_BYTES};
 use holdfast_verbs::memory::Buffer;

@@ -10,10 +10,11 @@
 //! A piece is never larger than a buffer, and a request needs no second buffer to give the first one back: what holds a
 //! buffer can always finish. Reads go piece by piece, so that no byte past the count is ever placed.
 
-use super::backend::{Done, Job, Progress, Tag, Work, read_now, write_now};
+use super::backend::{Progress, read_now, write_now};
 use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Phase, Token};
 use super::request::{Request, Step};
+use super::storage::{Done, Job, Tag, Work};
 use holdfast_shared::types::Status;
 use holdfast_transport::Operation;
 use holdfast_verbs::memory::Buffer;
@@ -148,13 +149,23 @@ impl Conn {
         if request.storage > 0 {
             return Step::Next;
         }
-        let Some(mut message) = request.message.take() else {
+        if request.message.is_none() {
             request.answer = Some(match request.failed {
                 Some((at, status)) => (status, at),
                 None => (Status::Ok, request.length),
             });
             return Step::Again;
+        }
+        // Past the page cache a message's place is not aligned, nor registered with io_uring: a buffer is.
+        let file = request.binding.and_then(|name| self.bindings.get(name)?.file.as_ref());
+        let direct = file.and_then(|file| file.direct());
+        let aligned = if direct.is_some_and(|direct| direct.fits(0, request.payload.len(), request.offset)) {
+            let Some(buffer) = self.take(cx) else { return Step::NoBuffer };
+            Some(buffer)
+        } else {
+            None
         };
+        let Some(mut message) = request.message.take() else { return Step::Again };
         let Some(binding) = request.binding.and_then(|name| self.bindings.get(name)) else {
             request.answer = Some((Status::NotBound, 0));
             return Step::Again;
@@ -168,6 +179,17 @@ impl Conn {
         );
         let file = binding.file.clone();
         request.next = request.length;
+        if let Some(mut buffer) = aligned {
+            if checked.is_ok() && file.is_some() {
+                buffer[..payload.len()].copy_from_slice(&message[payload.clone()]);
+                self.post_receive(cx, message);
+                // From here on it is a write like those whose bytes were fetched.
+                request.payload = 0..0;
+                self.hand_over(cx, slot, request, Work::Write, Some(buffer), 0..payload.len(), 0, 0);
+                return Step::Next;
+            }
+            self.give(buffer);
+        }
         let progress = match (checked, &file) {
             (Err(_), _) => Progress::Failed(0, Status::Integrity),
             (Ok(()), None) => Progress::Failed(0, Status::Fenced),

@@ -33,6 +33,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 const INBOX_EVENT: u64 = u64::MAX;
+const RING_EVENT: u64 = u64::MAX - 1;
 const EVENTS_MAX: usize = 256;
 /// Rounds after which the clock is read again: reading it costs as much as all else in a round that finds nothing, where it
 /// is a system call. Deadlines are milliseconds.
@@ -80,6 +81,10 @@ impl Worker {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, inbox.fd(), epoll::EventData::new_u64(INBOX_EVENT), flags)?;
+        if let Some(ring) = cx.storage.ring_fd() {
+            // Level triggered: it is readable until all has been taken, so nothing that is done can be slept over.
+            epoll::add(&epoll, ring, epoll::EventData::new_u64(RING_EVENT), epoll::EventFlags::IN)?;
+        }
         let room = cx.settings.limits.channels_max.min(4096);
         let spin = Spin::new(Duration::from_micros(cx.settings.engine.spin_us_max));
         Ok(Self {
@@ -119,6 +124,7 @@ impl Worker {
             busy |= self.poll();
             busy |= self.turns();
             self.timers();
+            self.cx.storage.begin();
             if self.stop_by.is_some() && self.conns.is_empty() {
                 return;
             }
@@ -294,7 +300,7 @@ impl Worker {
 
     fn storage(&mut self) -> bool {
         let mut busy = false;
-        while let Some(done) = self.inbox.done() {
+        while let Some(done) = self.inbox.done().or_else(|| self.cx.storage.done()) {
             busy = true;
             let ConnKey { index, generation } = done.tag.conn;
             let index = index as usize;
@@ -472,6 +478,8 @@ impl Worker {
             let data = event.data.u64();
             if data == INBOX_EVENT {
                 self.inbox.clear();
+            } else if data == RING_EVENT {
+                // What is done is looked for in every round.
             } else if let Some(conn) = usize::try_from(data).ok().and_then(|index| self.conns.get_mut(index))
             {
                 if !conn.hot {

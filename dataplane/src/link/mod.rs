@@ -22,7 +22,7 @@ use holdfast_shared::types::{IoRule, Status, io_rules_ordered};
 use holdfast_shared::wire::link::{
     Fence, Gauges, LinkBinding, Redeem, RedeemResult, Register, Restricted, ToControl, ToDataplane, VERSION,
 };
-use packet::{Packet, timespec};
+use packet::{Descriptors, Packet, timespec};
 use queue::{Outgoing, sort_out};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 use rustix::fs::FlockOperation;
@@ -291,8 +291,8 @@ impl<F: FnOnce()> Link<'_, F> {
             }
             self.wait(Some((socket, PollFlags::IN)), None)?;
             // Everything that came, before going back to waiting.
-            while let Packet::Message(message, fd) = packet::receive(socket)? {
-                self.handle(socket, *message, fd)?;
+            while let Packet::Message(message, fds) = packet::receive(socket)? {
+                self.handle(socket, *message, fds)?;
             }
         }
     }
@@ -313,14 +313,21 @@ impl<F: FnOnce()> Link<'_, F> {
         packet::send(socket, &message, None, Instant::now() + SEND_DEADLINE)
     }
 
-    fn handle(&mut self, socket: &OwnedFd, message: ToDataplane, fd: Option<OwnedFd>) -> io::Result<()> {
+    fn handle(
+        &mut self,
+        socket: &OwnedFd,
+        message: ToDataplane,
+        (fd, direct): Descriptors,
+    ) -> io::Result<()> {
         match message {
             ToDataplane::Redeemed(redeemed) => {
                 if let RedeemResult::Granted(grant) = &redeemed.result {
                     ordered(&grant.rules)?;
                 }
                 match self.pending.remove(&redeemed.id) {
-                    Some(ticket) => self.engine.redeemed(Redemption { ticket, result: redeemed.result, fd }),
+                    Some(ticket) => {
+                        self.engine.redeemed(Redemption { ticket, result: redeemed.result, fd, direct })
+                    }
                     None => return Err(io::Error::other("control answers a bind nobody asked for")),
                 }
             }
@@ -373,7 +380,7 @@ impl<F: FnOnce()> Link<'_, F> {
     fn refuse(&self, tickets: Vec<Ticket>) {
         for ticket in tickets {
             let result = RedeemResult::Refused(Status::Unavailable);
-            self.engine.redeemed(Redemption { ticket, result, fd: None });
+            self.engine.redeemed(Redemption { ticket, result, fd: None, direct: None });
         }
     }
 

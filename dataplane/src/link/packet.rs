@@ -1,4 +1,4 @@
-//! Packets of the link, each with one descriptor at most, and the waiting for room and arrival.
+//! Packets of the link, each with one descriptor at most, a grant's with two, and the waiting for room and arrival.
 
 use crate::limiter::Limiter;
 use holdfast_shared::types::LINK_PACKET_BYTES_MAX;
@@ -21,9 +21,12 @@ const IN_FLIGHT_RETRY: Duration = Duration::from_millis(5);
 
 /// What a packet brought.
 pub(super) enum Packet {
-    Message(Box<ToDataplane>, Option<OwnedFd>),
+    Message(Box<ToDataplane>, Descriptors),
     Nothing,
 }
+
+/// The open's own, and one for direct I/O.
+pub(super) type Descriptors = (Option<OwnedFd>, Option<OwnedFd>);
 
 /// Connects to control.
 pub(super) fn connect(path: &Path) -> io::Result<OwnedFd> {
@@ -77,10 +80,10 @@ pub(super) fn timespec(wait: Duration) -> Timespec {
     }
 }
 
-/// Takes one packet and its descriptor. An error ends the link.
+/// Takes one packet and its descriptors. An error ends the link.
 pub(super) fn receive(socket: &OwnedFd) -> io::Result<Packet> {
     let mut bytes = [0; LINK_PACKET_BYTES_MAX];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::net::recvmsg(
         socket,
@@ -94,11 +97,10 @@ pub(super) fn receive(socket: &OwnedFd) -> io::Result<Packet> {
         Err(error) => return Err(error.into()),
     };
     // Taken out before anything is judged: what came is closed on every path.
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+    let fds = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => Some((fds.next(), fds.next())),
         _ => None,
     });
-    let fd = fds.next();
     if received.bytes == 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "control has closed the link"));
     }
@@ -106,7 +108,7 @@ pub(super) fn receive(socket: &OwnedFd) -> io::Result<Packet> {
         return Err(io::Error::other("a packet of control is too long"));
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        // The message is whole: its bind is refused, and everybody else is served.
+        // The message is whole: its bind is refused, or does without direct I/O, and everybody else is served.
         static LOGGED: Limiter = Limiter::new();
         if let Some(suppressed) = LOGGED.pass() {
             tracing::warn!(
@@ -119,5 +121,5 @@ pub(super) fn receive(socket: &OwnedFd) -> io::Result<Packet> {
     // A grant has brought channel keys.
     bytes[..received.bytes].zeroize();
     let message = message?;
-    Ok(Packet::Message(Box::new(message), fd))
+    Ok(Packet::Message(Box::new(message), fds.unwrap_or_default()))
 }

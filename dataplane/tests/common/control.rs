@@ -6,7 +6,7 @@ use holdfast_shared::types::{Access, HandleId, IoRule, OpenId, Status, VolumeId}
 use holdfast_shared::wire::link::{Fence, Grant, LinkBinding, Redeem, RedeemResult, Restricted};
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
@@ -71,6 +71,7 @@ impl Open {
             rules_version: 0,
             transcript,
             descriptor: access == Access::READ,
+            direct: false,
         }
     }
 
@@ -91,7 +92,17 @@ pub enum Told {
     Withdrawn(u64),
 }
 
+/// Another description of the same file, for direct I/O; `None` where the file system has none.
+pub fn past_the_page_cache(file: &OwnedFd) -> Option<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).unwrap();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Some(File::options().read(true).write(true).custom_flags(flags).open(path).ok()?.into())
+}
+
 pub struct FakeControl {
+    /// The volume is one of direct I/O.
+    pub direct: AtomicBool,
     engine: OnceLock<Weak<Engine>>,
     opens: Mutex<Vec<Open>>,
     told: Mutex<Vec<Told>>,
@@ -119,6 +130,7 @@ impl FakeControl {
             keeping: AtomicBool::new(false),
             kept: Mutex::default(),
             away: AtomicBool::new(false),
+            direct: AtomicBool::new(false),
             silent: AtomicBool::new(false),
         })
     }
@@ -211,8 +223,13 @@ impl ControlPort for FakeControl {
         if self.silent.load(Ordering::SeqCst) {
             return Ok(());
         }
-        let (result, fd) = self.judge(&redeem);
-        let redemption = Redemption { ticket, result, fd };
+        let (mut result, fd) = self.judge(&redeem);
+        let mut direct = None;
+        if let (RedeemResult::Granted(grant), true) = (&mut result, self.direct.load(Ordering::SeqCst)) {
+            grant.direct = true;
+            direct = fd.as_ref().and_then(past_the_page_cache);
+        }
+        let redemption = Redemption { ticket, result, fd, direct };
         if self.keeping.load(Ordering::SeqCst) {
             self.kept.lock().unwrap().push(redemption);
         } else if let Some(engine) = self.engine.get().and_then(Weak::upgrade) {

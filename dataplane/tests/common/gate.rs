@@ -27,8 +27,8 @@ impl Gate {
     /// Makes files that wait for it.
     pub fn opener(self: &Arc<Self>) -> Opener {
         let gate = Arc::clone(self);
-        Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
-            Arc::new(Gated { file: KernelFile::new(fd), gate: Arc::clone(&gate) })
+        Arc::new(move |fd: OwnedFd, direct| -> Arc<dyn FileIo> {
+            Arc::new(Gated { file: KernelFile::with_direct(fd, direct), gate: Arc::clone(&gate) })
         })
     }
 

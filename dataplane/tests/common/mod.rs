@@ -9,7 +9,7 @@ pub mod link;
 mod server;
 
 pub use client::{Client, Msg};
-pub use control::{FakeControl, Open, Told};
+pub use control::{FakeControl, Open, Told, past_the_page_cache};
 pub use gate::{Gate, gated};
 pub use server::Server;
 

@@ -7,6 +7,7 @@
 mod common;
 
 mod descriptor;
+mod direct;
 mod engine;
 mod fence;
 mod link;

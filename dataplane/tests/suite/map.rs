@@ -28,7 +28,13 @@ fn lane(server: &Server, client: &Client) -> Lane {
     client.channel.registrar().lane(server.address, WAIT, 16).unwrap()
 }
 
-fn map(server: &Server, client: &mut Client, binding: u32, at: u64, length: u64) -> Result<View, Status> {
+pub(crate) fn map(
+    server: &Server,
+    client: &mut Client,
+    binding: u32,
+    at: u64,
+    length: u64,
+) -> Result<View, Status> {
     let lane = lane(server, client);
     client.map(binding, at, length, lane.end()).map(|mapped| View { lane, mapped, done: Vec::new() })
 }
@@ -44,7 +50,7 @@ fn on() -> MapConfig {
 }
 
 /// A mapping, as its client reads it.
-struct View {
+pub(crate) struct View {
     lane: Lane,
     mapped: Mapped,
     done: Vec<LaneRead>,
@@ -323,7 +329,7 @@ impl FileIo for Slow {
 fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
     let held = Arc::new(Mutex::new(()));
     let ours = Arc::clone(&held);
-    let opener: Opener = Arc::new(move |fd: OwnedFd| -> Arc<dyn FileIo> {
+    let opener: Opener = Arc::new(move |fd: OwnedFd, _| -> Arc<dyn FileIo> {
         Arc::new(Slow { file: KernelFile::new(fd), held: Arc::clone(&ours) })
     });
     let Some(server) = Server::start(|settings| settings.map = on(), opener) else { return };

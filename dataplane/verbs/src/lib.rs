@@ -10,6 +10,8 @@
 //!                                   │ (queue pair, completion queue)
 //!                                   └─ cm: one event channel and thread per process; Listener, Outgoing
 //!
+//! file_ring reads and writes of files through io_uring, from and to the same pools
+//!
 //! gauges    what this process holds at the moment, for metrics, tests and leak hunts
 //! ffi       the only place that sees rdma-sys
 //! ```
@@ -17,7 +19,8 @@
 //! What holds everywhere here:
 //!
 //! * Parents outlive children by construction: a child holds an `Arc` to its parent.
-//! * A posted work request owns its memory until its completion, or until its queue pair is destroyed.
+//! * A posted work request owns its memory until its completion, or until its queue pair is destroyed; a file operation under
+//!   way owns its own until its completion.
 //! * Drop logs and never panics. What could not be taken from the device is leaked on purpose.
 //! * Without an RDMA device [`Device::list`] is empty, and the memory module works all the same.
 // The workspace denies unsafe code. It is allowed in this crate, and beside it only in `control/kernel`: talking to the device, mapping memory
@@ -30,6 +33,7 @@ mod device;
 mod error;
 mod exposed;
 mod ffi;
+pub mod file_ring;
 pub mod gauges;
 pub mod memory;
 mod mr;

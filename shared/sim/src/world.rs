@@ -651,6 +651,7 @@ impl World {
             hold_default_ms: 10_000,
             hold_max_ms: 60_000,
             local_descriptors: false,
+            direct: false,
         }]
     }
 

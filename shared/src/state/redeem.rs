@@ -49,6 +49,7 @@ impl Authority {
         let descriptor = redeem.access == Access::READ
             && !open.access().contains(Access::WRITE)
             && self.volumes.local_descriptors(open.volume());
+        let direct = self.volumes.direct(open.volume());
         let answer = BindAnswer {
             handle: HandleId::from_random(fresh.handle),
             epoch: open.epoch,
@@ -74,6 +75,7 @@ impl Authority {
             rules_version,
             transcript,
             descriptor,
+            direct,
         };
         Ok((file, grant))
     }

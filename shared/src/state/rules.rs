@@ -47,6 +47,8 @@ pub struct VolumeRules {
     pub hold_max_ms: u64,
     /// Clients on the server's host may be given the descriptors of opens for reading.
     pub local_descriptors: bool,
+    /// Its files are read and written past the page cache.
+    pub direct: bool,
 }
 
 /// All volumes, by name.
@@ -102,6 +104,11 @@ impl Volumes {
     /// True if clients on the server's host may be given descriptors.
     pub(super) fn local_descriptors(&self, volume: VolumeId) -> bool {
         self.0.values().any(|rules| rules.id == volume && rules.local_descriptors)
+    }
+
+    /// True if its files are read and written past the page cache.
+    pub(super) fn direct(&self, volume: VolumeId) -> bool {
+        self.0.values().any(|rules| rules.id == volume && rules.direct)
     }
 
     /// True if `principal` may write on the volume.

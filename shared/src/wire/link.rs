@@ -40,7 +40,7 @@ use crate::types::{Access, HandleId, IoRule, OpenId, Status};
 use minicbor::{Decode, Encode};
 
 /// The version of these messages. Both processes come from one build, so it must be equal.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 
 /// Opens that a registration may name as written by bindings that are gone.
 pub const WROTE_MAX: usize = 1024;
@@ -331,6 +331,11 @@ pub struct Grant {
     /// A client on this host may be given the descriptor itself, over a local channel.
     #[n(11)]
     pub descriptor: bool,
+    /// The volume's files are read and written past the page cache where they can be. With the descriptor comes a second one,
+    /// of another description of the same file with the same access, opened for that; or none, where it can't be had. Nothing
+    /// of the file may be pinned, or mapped: direct writes leave pinned pages behind.
+    #[n(12)]
+    pub direct: bool,
 }
 
 /// See [`ToDataplane::Fence`] and [`ToControl::Fenced`].

@@ -8,7 +8,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use crate::gauges::MAPPED_BYTES;
 
 /// From this size on, the kernel is asked for huge pages: fewer faults, faster pinning, fewer TLB misses.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+const HUGE_PAGE_BYTES: usize = 1 << HUGE_PAGE_BITS;
+const HUGE_PAGE_BITS: u8 = 21;
 
 /// Page-aligned, zeroed, private anonymous memory. Its address stays the same until the last owner drops it.
 ///
@@ -16,6 +17,9 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// their own rule for who may touch them.
 pub struct Memory {
     map: MmapRaw,
+    /// Bytes asked for; with pages from the kernel's reserve the mapping is longer.
+    len: usize,
+    reserved: bool,
     /// True if slices of this memory are handed out (a pool's): it must then never be exposed to a peer.
     exclusive: bool,
 }
@@ -31,6 +35,22 @@ impl Memory {
         Self::map(len, true)
     }
 
+    /// As [`Memory::exclusive`], of huge pages that the operator has set aside (`vm.nr_hugepages`). They are taken now, so that none
+    /// is missing later.
+    pub(super) fn exclusive_reserved(len: usize) -> io::Result<Arc<Self>> {
+        let too_big = || io::Error::new(io::ErrorKind::InvalidInput, "size exceeds the address space");
+        // Such a mapping is unmapped in whole pages.
+        let whole = len.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or_else(too_big)?;
+        let map = MmapOptions::new().len(whole).huge(Some(HUGE_PAGE_BITS)).map_anon()?;
+        MAPPED_BYTES.add(len as u64);
+        Ok(Arc::new(Self { map: MmapRaw::from(map), len, reserved: true, exclusive: true }))
+    }
+
+    /// True if it is of pages that the operator has set aside.
+    pub fn is_reserved(&self) -> bool {
+        self.reserved
+    }
+
     fn map(len: usize, exclusive: bool) -> io::Result<Arc<Self>> {
         if len == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "memory of zero bytes asked for"));
@@ -41,13 +61,13 @@ impl Memory {
             let _ = map.advise(memmap2::Advice::HugePage);
         }
         MAPPED_BYTES.add(len as u64);
-        Ok(Arc::new(Self { map: MmapRaw::from(map), exclusive }))
+        Ok(Arc::new(Self { map: MmapRaw::from(map), len, reserved: false, exclusive }))
     }
 
     /// Length in bytes, as asked for.
     #[allow(clippy::len_without_is_empty)] // never empty
     pub fn len(&self) -> usize {
-        self.map.len()
+        self.len
     }
 
     /// Virtual address of the first byte.
@@ -68,7 +88,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        MAPPED_BYTES.sub(self.map.len() as u64);
+        MAPPED_BYTES.sub(self.len as u64);
     }
 }
 
@@ -93,6 +113,19 @@ mod tests {
     #[test]
     fn zero_bytes_are_refused() {
         assert_eq!(Memory::anonymous(0).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn reserved_pages_are_used_where_there_are_some() {
+        match Memory::exclusive_reserved(5 << 20) {
+            Ok(memory) => {
+                assert_eq!(
+                    (memory.len(), memory.addr() % (2 << 20), memory.is_reserved()),
+                    (5 << 20, 0, true)
+                );
+            }
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOMEM), "{error}"),
+        }
     }
 
     #[test]

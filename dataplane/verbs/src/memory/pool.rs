@@ -114,6 +114,22 @@ impl Pool {
     /// A pool of `count` buffers of `buffer_len` bytes each, zeroed. Buffers whose length is a multiple of the page
     /// size are page-aligned, as direct I/O wants it. Both numbers must be at least one.
     pub fn new(buffer_len: usize, count: usize) -> io::Result<Self> {
+        Self::of(buffer_len, count, Memory::exclusive)
+    }
+
+    /// As [`Pool::new`], of huge pages that the operator has set aside (`vm.nr_hugepages`, 2 MiB each).
+    ///
+    /// # Errors
+    /// `ENOMEM` if there are not enough of them.
+    pub fn new_reserved(buffer_len: usize, count: usize) -> io::Result<Self> {
+        Self::of(buffer_len, count, Memory::exclusive_reserved)
+    }
+
+    fn of(
+        buffer_len: usize,
+        count: usize,
+        map: impl FnOnce(usize) -> io::Result<Arc<Memory>>,
+    ) -> io::Result<Self> {
         let too_big = || io::Error::new(io::ErrorKind::InvalidInput, "pool size exceeds the address space");
         if buffer_len == 0 || count == 0 {
             return Err(io::Error::new(
@@ -124,7 +140,7 @@ impl Pool {
         let stride = buffer_len.checked_next_multiple_of(ALIGN).ok_or_else(too_big)?;
         let total = stride.checked_mul(count).ok_or_else(too_big)?;
         // Mapped before the free list is allocated: a size the kernel refuses fails here, not in the allocator.
-        let memory = Memory::exclusive(total)?;
+        let memory = map(total)?;
         let free = FreeList::full(count).ok_or_else(too_big)?;
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         Ok(Self { inner: Arc::new(Inner { id, memory, buffer_len, stride, free }) })

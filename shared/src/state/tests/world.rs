@@ -50,6 +50,7 @@ pub(super) fn volume(name: &str, id: u8, grants: &[(&str, Right)]) -> VolumeRule
         hold_default_ms: 60_000,
         hold_max_ms: 600_000,
         local_descriptors: false,
+        direct: false,
     }
 }
 

@@ -1,0 +1,148 @@
+//! A worker's ring: direct I/O that no thread waits for.
+//!
+//! ```text
+//!   job that fits ─► slot ─► FileRing ─► device ─► done, by number ─┬─ all of it, or an error ─► Done
+//!                                                                  └─ part of it ───────────► a storage thread does the rest
+//! ```
+//!
+//! A read is rounded up to what direct I/O takes, as far as its buffer goes; what lies behind the bytes asked for is never placed.
+
+use super::backend::Progress;
+use super::storage::{Done, Job, Work, failed_with};
+use crate::gauges::Gauges;
+use crate::last_write::LastWrite;
+use crate::limiter::Limiter;
+use holdfast_verbs::file_ring::{FileRing, Refused};
+use holdfast_verbs::memory::Pool;
+use slab::Slab;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+/// Operations under way; one more is done by a storage thread.
+const DEPTH: u32 = 128;
+
+/// See the module's text.
+pub(crate) struct StorageRing {
+    ring: FileRing,
+    /// What each operation is for; their buffers are with the ring.
+    jobs: Slab<Job>,
+    /// Registered with the ring when it is first used.
+    pool: Option<Pool>,
+}
+
+impl StorageRing {
+    /// Operations on buffers of `pool` are the cheapest.
+    ///
+    /// # Errors
+    /// The kernel's, where it has no io_uring for us.
+    pub(crate) fn new(pool: Pool) -> io::Result<Self> {
+        let ring = FileRing::new(DEPTH)?;
+        Ok(Self { ring, jobs: Slab::with_capacity(DEPTH as usize), pool: Some(pool) })
+    }
+
+    /// Takes a job, to begin with the next [`StorageRing::submit`]; or gives it back, if it is none for direct I/O.
+    pub(crate) fn begin(&mut self, mut job: Job, gauges: &Gauges, last_write: &LastWrite) -> Result<(), Job> {
+        let write = match job.work {
+            Work::Read => false,
+            Work::Write => true,
+            Work::Flush { .. } => return Err(job),
+        };
+        let Some(direct) = job.file.direct() else { return Err(job) };
+        let (start, at) = (job.range.start + job.done, job.at + job.done as u64);
+        let Some(buffer) = &job.buffer else { return Err(job) };
+        let length = job.range.len() - job.done;
+        let length = if write { length } else { direct.rounded(length) };
+        let end = start.saturating_add(length);
+        if end > buffer.len() || !direct.fits(buffer.addr() + start as u64, length, at) {
+            return Err(job);
+        }
+        self.register(gauges);
+        let file = std::sync::Arc::clone(direct.file());
+        let Some(buffer) = job.buffer.take() else { return Err(job) };
+        let entry = self.jobs.vacant_entry();
+        let token = entry.key() as u64;
+        let begun = if write {
+            self.ring.write(token, &file, buffer, start..end, at)
+        } else {
+            self.ring.read(token, &file, buffer, start..end, at)
+        };
+        if let Err(Refused(buffer)) = begun {
+            job.buffer = Some(buffer);
+            return Err(job);
+        }
+        if write {
+            gauges.writes_direct_total.add(1);
+            last_write.begin().leave();
+        } else {
+            gauges.reads_direct_total.add(1);
+        }
+        entry.insert(job);
+        Ok(())
+    }
+
+    /// Pins the pool, once, when there is something to use it for.
+    fn register(&mut self, gauges: &Gauges) {
+        let Some(pool) = self.pool.take() else { return };
+        match self.ring.register(&pool) {
+            Ok(()) => gauges.file_rings_registered.add(1),
+            Err(error) => {
+                tracing::info!(%error, "buffers are pinned for each direct operation: the pool can't be registered with io_uring");
+            }
+        }
+    }
+
+    /// The next job done; as an error one of which a thread is to do the rest.
+    pub(crate) fn done(&mut self, last_write: &LastWrite) -> Option<Result<Done, Job>> {
+        loop {
+            let done = self.ring.take_done()?;
+            let token = usize::try_from(done.token).unwrap_or(usize::MAX);
+            let Some(mut job) = self.jobs.try_remove(token) else {
+                tracing::error!("a file operation nobody asked for is done: our own fault");
+                continue;
+            };
+            job.buffer = Some(done.buffer);
+            let written_ns = if job.work == Work::Write { last_write.left().returned() } else { 0 };
+            let length = job.range.len();
+            let progress = match done.outcome {
+                Ok(count) => {
+                    job.done = length.min(job.done + count);
+                    if job.done < length {
+                        // The end of the file, or not: the page cache tells.
+                        return Some(Err(job));
+                    }
+                    Progress::Complete(length)
+                }
+                Err(error) => {
+                    let again = error.kind() == io::ErrorKind::WouldBlock
+                        || job.file.direct().is_some_and(|direct| direct.refuses(&error));
+                    if again {
+                        return Some(Err(job));
+                    }
+                    Progress::Failed(job.done, failed_with(&error))
+                }
+            };
+            let Job { tag, work, buffer, .. } = job;
+            return Some(Ok(Done { tag, work, buffer, length, progress, written_ns }));
+        }
+    }
+
+    /// Lets the kernel begin what was taken.
+    pub(crate) fn submit(&mut self) {
+        if let Err(error) = self.ring.submit() {
+            static LOGGED: Limiter = Limiter::new();
+            if let Some(suppressed) = LOGGED.pass() {
+                tracing::error!(%error, suppressed, "io_uring takes nothing; tried again");
+            }
+        }
+    }
+
+    /// True if the kernel could not begin all of it.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.ring.is_pending()
+    }
+
+    /// Readable while something is done.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
