@@ -5,6 +5,7 @@
 //! | `{"get":"gauges"}` | `{"control":{NAME:VALUE,…},"dataplane":{NAME:VALUE,…}}`; dataplane is `null` while it is away or silent |
 //! | `{"get":"control"}` | control's gauges alone, without asking dataplane |
 //! | `{"get":"health"}` | `{"control":"up","dataplane":"up"}` or `"down"`; control is `"recovering"` until it lets clients in |
+//! | `{"get":"volumes"}` | `{"volumes":[VOLUME,…]}`, as they were when the server started |
 //! | `{"get":"opens","after":ID,"max":N}` | `{"opens":[OPEN,…],"next":ID}`: at most N (default and limit 500) in the order of their ids, behind `after` (absent or `null`: from the first); `next` is `null` on the last page |
 //! | `{"get":"sessions","after":ID,"max":N}` | `{"sessions":[SESSION,…],"next":ID}`, the same way |
 //! | `{"force_close":ID}` | `{"closing":ID}`: the open is being closed; its owner learns `ForceClosed`. An error if there is no such open |
@@ -14,7 +15,8 @@
 //! `rwd`), `state` (`active`, `detached`, `expired`, `closing`), `session` (or `null`), `hold_ms`, `hold_left_ms` (`null`
 //! unless it is detached), `class` (`hold`, `yield`), `bindings`, `fencing` (those of them that are being fenced), `locks`,
 //! `locks_exclusive`, `epoch`, `opened_ms` (since 1970), `marked` (somebody else may have changed the file). A SESSION has
-//! `session`, `principal`, `process`, `opens`, `address`.
+//! `session`, `principal`, `process`, `opens`, `address`. A VOLUME has `name`, `directory`, `file_io` (`cached`, `direct`: as configured),
+//! `file_system`, `direct` (`possible`, `impossible`, `untried`), `direct_blocks` (bytes that direct I/O is aligned to, or `null`).
 
 use crate::driver::Event;
 use crate::gauges::Gauges;
@@ -71,6 +73,7 @@ enum What {
     Health,
     Opens,
     Sessions,
+    Volumes,
 }
 
 /// Listens for the operator.
@@ -88,16 +91,21 @@ pub fn listener(path: &Path) -> std::io::Result<UnixListener> {
 }
 
 /// Answers for ever.
-pub async fn serve(listener: UnixListener, events: mpsc::Sender<Event>, gauges: Arc<Gauges>) {
+pub async fn serve(
+    listener: UnixListener,
+    events: mpsc::Sender<Event>,
+    gauges: Arc<Gauges>,
+    volumes: Arc<Value>,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (events, gauges) = (events.clone(), gauges.clone());
+                let (events, gauges, volumes) = (events.clone(), gauges.clone(), volumes.clone());
                 tokio::spawn(async move {
                     let _place = place;
-                    if let Err(error) = connection(stream, &events, &gauges).await {
+                    if let Err(error) = connection(stream, &events, &gauges, &volumes).await {
                         tracing::debug!(%error, "admin connection ended");
                     }
                 });
@@ -114,6 +122,7 @@ async fn connection(
     stream: UnixStream,
     events: &mpsc::Sender<Event>,
     gauges: &Gauges,
+    volumes: &Value,
 ) -> std::io::Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
@@ -123,7 +132,7 @@ async fn connection(
             return Ok(());
         }
         let answer = match serde_json::from_str::<Question>(&line) {
-            Ok(question) => match answer(question, events, gauges).await {
+            Ok(question) => match answer(question, events, gauges, volumes).await {
                 Ok(answer) => answer,
                 Err(words) => json!({ "error": words }),
             },
@@ -136,7 +145,12 @@ async fn connection(
     }
 }
 
-async fn answer(question: Question, events: &mpsc::Sender<Event>, gauges: &Gauges) -> Result<Value, String> {
+async fn answer(
+    question: Question,
+    events: &mpsc::Sender<Event>,
+    gauges: &Gauges,
+    volumes: &Value,
+) -> Result<Value, String> {
     let Get { get, after, max } = match question {
         Question::Get(get) => get,
         Question::ForceClose(ForceClose { force_close }) => {
@@ -155,6 +169,7 @@ async fn answer(question: Question, events: &mpsc::Sender<Event>, gauges: &Gauge
             Ok(json!({ "control": gauges.snapshot(), "dataplane": dataplane }))
         }
         What::Control => Ok(json!(gauges.snapshot())),
+        What::Volumes => Ok(json!({ "volumes": volumes })),
         What::Health => {
             let control = if gauges.recovering.load(Relaxed) == 1 { "recovering" } else { "up" };
             let dataplane = if gauges.link_up.load(Relaxed) == 1 { "up" } else { "down" };

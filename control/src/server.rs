@@ -13,11 +13,12 @@ use crate::driver::{Driver, Event, Hands, Recovered};
 use crate::gauges::Gauges;
 use crate::notify::Store;
 use crate::secrets::StateDir;
-use crate::volume::Volume;
+use crate::volume::{Direct, Files, Volume};
 use crate::{admin, link, tls};
 use anyhow::Context;
 use holdfast_shared::state::{Right, VolumeRules};
 use holdfast_shared::types::{ClusterId, VolumeId};
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::future::Future;
@@ -77,7 +78,7 @@ pub async fn run(
     let begin = Instant::now();
     let state = StateDir::open(&config.state_dir).context("state directory")?;
     let cluster = state.keyring().context("state directory")?.cluster();
-    let (volumes, rules) = volumes(&config, cluster)?;
+    let (volumes, rules, facts) = volumes(&config, cluster)?;
     let acceptor = TlsAcceptor::from(tls::server_config(&config.tls).context("tls")?);
     let gauges = Arc::new(Gauges::default());
     gauges.recovering.store(1, Relaxed);
@@ -93,7 +94,7 @@ pub async fn run(
     let wanted = Arc::new(AtomicUsize::new(descriptors_max));
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(link::serve(link, events.clone(), limits.binds, wanted.clone()));
-    tasks.spawn(admin::serve(admin, events.clone(), gauges.clone()));
+    tasks.spawn(admin::serve(admin, events.clone(), gauges.clone(), Arc::new(facts)));
 
     let earlier = watch_earlier(&state, &events)?;
     let plan = Plan {
@@ -232,15 +233,25 @@ fn descriptors_max(limits: &crate::config::Limits) -> usize {
     allowed.map_or(usize::MAX, |allowed| usize::try_from(allowed / 4 * 3).unwrap_or(usize::MAX))
 }
 
-type OpenVolumes = (HashMap<VolumeId, Arc<Volume>>, Vec<VolumeRules>);
+type OpenVolumes = (HashMap<VolumeId, Arc<Volume>>, Vec<VolumeRules>, Value);
 
 fn volumes(config: &Config, cluster: ClusterId) -> anyhow::Result<OpenVolumes> {
-    let (mut volumes, mut rules) = (HashMap::new(), Vec::new());
+    let (mut volumes, mut rules, mut facts) = (HashMap::new(), Vec::new(), Vec::new());
     for volume in &config.volumes {
         let opened = Volume::open(&volume.directory).with_context(|| {
             format!("volume {:?}: {} (openat2 and /proc are needed)", volume.name, volume.directory.display())
         })?;
-        let rule = rules_of(volume, cluster)?;
+        let files = opened.files();
+        let mut rule = rules_of(volume, cluster)?;
+        if rule.direct && files.direct == Direct::Impossible {
+            tracing::warn!(
+                volume = volume.name,
+                file_system = files.file_system,
+                "file_io = \"direct\", and this file system has no direct I/O: files are served through the page cache"
+            );
+            rule.direct = false;
+        }
+        facts.push(facts_of(volume, &files));
         anyhow::ensure!(
             volumes.insert(rule.id, Arc::new(opened)).is_none(),
             "volume {:?} has another one's id",
@@ -251,7 +262,25 @@ fn volumes(config: &Config, cluster: ClusterId) -> anyhow::Result<OpenVolumes> {
     if rules.is_empty() {
         tracing::warn!("no volume is configured: there is nothing to open");
     }
-    Ok((volumes, rules))
+    Ok((volumes, rules, facts.into()))
+}
+
+/// As [`admin`] tells it.
+fn facts_of(volume: &VolumeConfig, files: &Files) -> Value {
+    let (direct, blocks) = match files.direct {
+        Direct::Blocks(blocks) => ("possible", Some(blocks)),
+        Direct::Possible => ("possible", None),
+        Direct::Impossible => ("impossible", None),
+        Direct::Untried => ("untried", None),
+    };
+    json!({
+        "name": volume.name,
+        "directory": volume.directory,
+        "file_io": if volume.is_direct() { "direct" } else { "cached" },
+        "file_system": files.file_system,
+        "direct": direct,
+        "direct_blocks": blocks,
+    })
 }
 
 fn rules_of(volume: &VolumeConfig, cluster: ClusterId) -> anyhow::Result<VolumeRules> {

@@ -181,7 +181,7 @@ pub struct EngineConfig {
     /// Take the bulk buffers from the huge pages that are set aside (`vm.nr_hugepages`, 2 MiB each), not from ordinary memory.
     /// Default false: the kernel is only advised to use huge ones. Without enough of them the process says so, and goes on.
     pub huge_pages: bool,
-    /// Use io_uring for the direct I/O of volumes that ask for it. Default true; where the kernel does not allow it storage
+    /// Use io_uring for the reads of volumes with direct I/O. Default true; where the kernel does not allow it storage
     /// threads do the same.
     pub io_uring: bool,
     /// Bytes of one bulk buffer, which is the largest single transfer. Default 256 KiB.

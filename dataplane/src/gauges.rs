@@ -10,7 +10,7 @@
 //! | `pinned_file_bytes` | of files that are read again and again, for long reads without a copy; those being pinned and unpinned included |
 //! | `reads_pinned_total` | reads that were placed from them |
 //! | `file_rings`, `file_rings_registered` | workers with io_uring; those whose buffers are registered with it, from their first direct operation on |
-//! | `reads_direct_total`, `writes_direct_total` | pieces of reads and writes that went past the page cache through io_uring |
+//! | `reads_direct_total`, `writes_direct_total` | pieces of reads that went past the page cache through io_uring, and of writes that did so by storage threads |
 //! | `requests_in_flight` | reads, writes and flushes taken and not answered |
 //! | `bytes_read_total`, `bytes_written_total` | bytes of answered reads and writes |
 //! | `held_back_total` | bindings told to a control that came after the one that granted them, each time |

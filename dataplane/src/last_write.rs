@@ -42,9 +42,6 @@ pub struct LastWrite {
 pub(crate) struct Writing<'a>(&'a LastWrite);
 
 impl Writing<'_> {
-    /// It goes on without this; its end is told through [`LastWrite::left`].
-    pub(crate) fn leave(self) {}
-
     /// It has returned. The time, for its binding. No lock, no allocation, no system call.
     pub(crate) fn returned(self) -> u64 {
         let Self(LastWrite { word, under_way }) = self;
@@ -94,11 +91,6 @@ impl LastWrite {
         if let Some(word) = self.word.get() {
             word.raise(wall_clock_ns().saturating_add(AHEAD_NS));
         }
-        Writing(self)
-    }
-
-    /// One of the writes that were [left](Writing::leave) has come to its end.
-    pub(crate) fn left(&self) -> Writing<'_> {
         Writing(self)
     }
 }

@@ -180,6 +180,10 @@ const DATAPLANE_TUNING: &str = "
 #pool_bytes = 134217728
 #buffer_bytes = 262144
 #message_pool_bytes = 67108864
+# Take the bulk buffers from the huge pages that are set aside (sysctl vm.nr_hugepages).
+#huge_pages = false
+# Direct reads (file_io in control.toml) by io_uring; else by the threads that may wait.
+#io_uring = true
 # Bytes of hot files that may be pinned beside them, for long reads over verbs without a copy; 0: none.
 #pinned_bytes_max = 67108864
 # Requests one channel may have in flight.
@@ -254,6 +258,9 @@ mac_policy = {}
 # Clients on this host are given the descriptors of opens for reading, and read past the server. What they have can't be
 # taken back by locks, shares or fences: for hosts whose users you trust. Unless it is set, an immutable volume does so.
 #local_descriptors = false
+# \"cached\": files are read and written through the page cache. \"direct\": past it, straight between disk and buffers, what is
+# aligned (databases, files much larger than memory); where the file system can.
+#file_io = \"cached\"
 
 # Who may use the volume. The principal is the client certificate's SAN (or its CN); access is \"read\" or \"read-write\".
 [[volume.grant]]

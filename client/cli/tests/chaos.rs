@@ -93,7 +93,12 @@ fn crs_13_rounds_of_kills_and_cuts_lose_nothing() {
 }
 
 fn run(transport: &'static str, seed: u64) {
-    let server = Deployment::with(&Wish::default());
+    // The fast ways are switched on: what they must not do is lose or tear anything.
+    let settings: &[(&str, &str)] = match transport {
+        "local" => &[("file_io", "\"direct\"")],
+        _ => &[],
+    };
+    let server = Deployment::with(&Wish { settings, ..Wish::default() });
     server.until("the data plane is linked", |g| g["control.link_up"] == 1);
     let baseline = gauges_that_return(&server);
     let loads =

@@ -10,12 +10,14 @@
 //!  attributes   stat, size, mode, times
 //!  names        mkdir, symlink, remove, rename
 //!  list         pages of a directory
+//!  files        what the file system can do, for the operator
 //!  reopen       recorded files found again, by handle or by path
 //! ```
 //!
 //! Everything here may block, and runs on the blocking threads.
 
 pub mod attributes;
+mod files;
 mod list;
 mod names;
 mod open;
@@ -33,6 +35,7 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+pub use files::{Direct, Files};
 pub use open::OpenAnswer;
 pub use reopen::{Unopened, inspect, opened_for};
 

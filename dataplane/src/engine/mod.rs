@@ -26,7 +26,7 @@
 //! | `backend` | file access |
 //! | `direct` | the way past the page cache, for volumes that ask for it |
 //! | `storage` | storage threads: what would hold a worker up |
-//! | `ring` | direct I/O through io_uring, without a thread |
+//! | `ring` | direct reads through io_uring, without a thread |
 //! | `latch` | flushes that failed, for each open |
 //! | `ready` | which requests of a channel have something to do |
 //! | `inbox` | what other threads leave for a worker |
@@ -180,7 +180,7 @@ fn bulk_pool(config: &EngineConfig, buffers: usize) -> io::Result<Pool> {
     Pool::new(config.buffer_bytes, buffers)
 }
 
-/// A worker's ring for direct I/O. `None`: storage threads do it.
+/// A worker's ring for direct reads. `None`: storage threads do them.
 fn storage_ring(config: &EngineConfig, pool: &Pool, gauges: &Gauges) -> Option<StorageRing> {
     if !config.io_uring {
         return None;
@@ -191,7 +191,7 @@ fn storage_ring(config: &EngineConfig, pool: &Pool, gauges: &Gauges) -> Option<S
             Some(ring)
         }
         Err(error) => {
-            tracing::info!(%error, "no io_uring here: storage threads do direct I/O");
+            tracing::info!(%error, "no io_uring here: storage threads do direct reads");
             None
         }
     }

@@ -1,22 +1,22 @@
-//! A worker's ring: direct I/O that no thread waits for.
+//! A worker's ring: direct reads that no thread waits for.
 //!
 //! ```text
-//!   job that fits ─► slot ─► FileRing ─► device ─► done, by number ─┬─ all of it, or an error ─► Done
+//!   read that fits ─► slot ─► FileRing ─► device ─► done, by number ─┬─ all of it, or an error ─► Done
 //!                                                                  └─ part of it ───────────► a storage thread does the rest
 //! ```
 //!
-//! A read is rounded up to what direct I/O takes, as far as its buffer goes; what lies behind the bytes asked for is never placed.
+//! Writes go to storage threads: see [`holdfast_verbs::file_ring`] for why. A read is rounded up to what direct I/O takes, as far as its buffer goes; what lies behind the bytes asked for is never placed.
 
 use super::backend::Progress;
 use super::storage::{Done, Job, Work, failed_with};
 use crate::gauges::Gauges;
-use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use holdfast_verbs::file_ring::{FileRing, Refused};
 use holdfast_verbs::memory::Pool;
 use slab::Slab;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 /// Operations under way; one more is done by a storage thread.
 const DEPTH: u32 = 128;
@@ -40,42 +40,25 @@ impl StorageRing {
         Ok(Self { ring, jobs: Slab::with_capacity(DEPTH as usize), pool: Some(pool) })
     }
 
-    /// Takes a job, to begin with the next [`StorageRing::submit`]; or gives it back, if it is none for direct I/O.
-    pub(crate) fn begin(&mut self, mut job: Job, gauges: &Gauges, last_write: &LastWrite) -> Result<(), Job> {
-        let write = match job.work {
-            Work::Read => false,
-            Work::Write => true,
-            Work::Flush { .. } => return Err(job),
-        };
-        let Some(direct) = job.file.direct() else { return Err(job) };
+    /// Takes a job, to begin with the next [`StorageRing::submit`]; or gives it back, if it is no direct read.
+    pub(crate) fn begin(&mut self, mut job: Job, gauges: &Gauges) -> Result<(), Job> {
+        let Some(direct) = job.file.direct().filter(|_| job.work == Work::Read) else { return Err(job) };
         let (start, at) = (job.range.start + job.done, job.at + job.done as u64);
         let Some(buffer) = &job.buffer else { return Err(job) };
-        let length = job.range.len() - job.done;
-        let length = if write { length } else { direct.rounded(length) };
+        let length = direct.rounded(job.range.len() - job.done);
         let end = start.saturating_add(length);
         if end > buffer.len() || !direct.fits(buffer.addr() + start as u64, length, at) {
             return Err(job);
         }
         self.register(gauges);
-        let file = std::sync::Arc::clone(direct.file());
+        let file = Arc::clone(direct.file());
         let Some(buffer) = job.buffer.take() else { return Err(job) };
         let entry = self.jobs.vacant_entry();
-        let token = entry.key() as u64;
-        let begun = if write {
-            self.ring.write(token, &file, buffer, start..end, at)
-        } else {
-            self.ring.read(token, &file, buffer, start..end, at)
-        };
-        if let Err(Refused(buffer)) = begun {
+        if let Err(Refused(buffer)) = self.ring.read(entry.key() as u64, &file, buffer, start..end, at) {
             job.buffer = Some(buffer);
             return Err(job);
         }
-        if write {
-            gauges.writes_direct_total.add(1);
-            last_write.begin().leave();
-        } else {
-            gauges.reads_direct_total.add(1);
-        }
+        gauges.reads_direct_total.add(1);
         entry.insert(job);
         Ok(())
     }
@@ -92,7 +75,7 @@ impl StorageRing {
     }
 
     /// The next job done; as an error one of which a thread is to do the rest.
-    pub(crate) fn done(&mut self, last_write: &LastWrite) -> Option<Result<Done, Job>> {
+    pub(crate) fn done(&mut self) -> Option<Result<Done, Job>> {
         loop {
             let done = self.ring.take_done()?;
             let token = usize::try_from(done.token).unwrap_or(usize::MAX);
@@ -101,7 +84,6 @@ impl StorageRing {
                 continue;
             };
             job.buffer = Some(done.buffer);
-            let written_ns = if job.work == Work::Write { last_write.left().returned() } else { 0 };
             let length = job.range.len();
             let progress = match done.outcome {
                 Ok(count) => {
@@ -122,7 +104,7 @@ impl StorageRing {
                 }
             };
             let Job { tag, work, buffer, .. } = job;
-            return Some(Ok(Done { tag, work, buffer, length, progress, written_ns }));
+            return Some(Ok(Done { tag, work, buffer, length, progress, written_ns: 0 }));
         }
     }
 

@@ -1,9 +1,9 @@
 //! Storage: who does the file operations that would hold a worker up.
 //!
 //! ```text
-//!            ┌─ direct I/O ─► the worker's ring (`ring`) ─► kernel ─► taken by the worker itself, no other thread
+//!            ┌─ direct reads ─► the worker's ring (`ring`) ─► kernel ─► taken by the worker itself, no other thread
 //!   jobs ────┤
-//!            └─ the rest ───► bounded queue ─► storage threads: pread, pwrite, fdatasync ─► done queue of the worker ─► wake
+//!            └─ the rest ─────► bounded queue ─► storage threads: pread, pwrite, fdatasync ─► done queue of the worker ─► wake
 //! ```
 //!
 //! A job owns its buffer and keeps the file open: a descriptor is closed only when no job of it is under way.
@@ -70,7 +70,7 @@ pub(crate) struct Done {
     pub(crate) written_ns: u64,
 }
 
-fn run(mut job: Job, last_write: &LastWrite) -> Done {
+fn run(mut job: Job, last_write: &LastWrite, gauges: &Gauges) -> Done {
     let length = job.range.len();
     let mut done = job.done;
     let mut failed = None;
@@ -90,7 +90,11 @@ fn run(mut job: Job, last_write: &LastWrite) -> Done {
                 let moved = if work == Work::Read {
                     job.file.read(&mut piece[done..], at)
                 } else {
-                    job.file.write(&piece[done..], at)
+                    let piece = &piece[done..];
+                    if job.file.direct().is_some_and(|d| d.fits(piece.as_ptr() as u64, piece.len(), at)) {
+                        gauges.writes_direct_total.add(1);
+                    }
+                    job.file.write(piece, at)
                 };
                 match moved {
                     Ok(0) if work == Work::Read => break,
@@ -201,7 +205,7 @@ impl Queue {
             }
             match self.jobs.pop() {
                 Some(job) => {
-                    let done = run(job, &self.last_write);
+                    let done = run(job, &self.last_write, &self.gauges);
                     let inbox = &self.inboxes[done.tag.worker];
                     self.gauges.storage_queue.sub(1);
                     inbox.storage_done(done);
@@ -225,7 +229,7 @@ impl StorageSender {
     pub(crate) fn submit(&mut self, job: Job) {
         self.queue.gauges.storage_queue.add(1);
         let job = match &mut self.ring {
-            Some(ring) => match ring.begin(job, &self.queue.gauges, &self.queue.last_write) {
+            Some(ring) => match ring.begin(job, &self.queue.gauges) {
                 Ok(()) => return,
                 Err(job) => job,
             },
@@ -243,7 +247,7 @@ impl StorageSender {
     /// The next job that the ring has done.
     pub(crate) fn done(&mut self) -> Option<Done> {
         loop {
-            match self.ring.as_mut()?.done(&self.queue.last_write)? {
+            match self.ring.as_mut()?.done()? {
                 Ok(done) => {
                     self.queue.gauges.storage_queue.sub(1);
                     return Some(done);

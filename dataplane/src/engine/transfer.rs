@@ -156,7 +156,7 @@ impl Conn {
             });
             return Step::Again;
         }
-        // Past the page cache a message's place is not aligned, nor registered with io_uring: a buffer is.
+        // Past the page cache bytes must be aligned: those of a message are not, those of a buffer are.
         let file = request.binding.and_then(|name| self.bindings.get(name)?.file.as_ref());
         let direct = file.and_then(|file| file.direct());
         let aligned = if direct.is_some_and(|direct| direct.fits(0, request.payload.len(), request.offset)) {

@@ -81,7 +81,8 @@ fn aligned_and_unaligned_requests_see_one_file() {
         let binding = client.bind(&open).unwrap();
         the_file_is_as_written(&mut client, binding, &open, policy);
         let (reads, writes) = (rig.gauge("reads_direct_total"), rig.gauge("writes_direct_total"));
-        assert_eq!(reads > 20 && writes > 20, io_uring, "{reads} reads and {writes} writes by io_uring");
+        assert_eq!(reads > 20, io_uring, "{reads} reads by io_uring");
+        assert!(writes > 20, "{writes}");
         assert_eq!(rig.gauge("file_rings_registered"), u64::from(io_uring));
         rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
         assert_eq!(rig.gauge("storage_queue"), 0);
@@ -97,6 +98,11 @@ fn a_direct_read_leaves_nothing_in_the_page_cache() {
     open.file.sync_all().unwrap();
     // Asking makes the kernel read ahead: each place is asked about once.
     let cached = |at| pread_nowait(open.file.as_fd(), &mut [0], at).unwrap() == Nowait::Done(1);
+    if !cached(6 << 20) {
+        return println!(
+            "skipped: the file system of temporary files does not tell what is in the page cache"
+        );
+    }
     rustix::fs::fadvise(&*open.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     if cached(7 << 20) {
         return println!("skipped: here the page cache can't be emptied");
@@ -119,7 +125,7 @@ fn a_fence_waits_for_direct_writes() {
     let binding = client.bind(&open).unwrap();
     let part = client.descriptor();
     for n in 0..32 {
-        client.send_io(Opcode::Write, binding, n * 128 << 10, 128 << 10, part);
+        client.send_io(Opcode::Write, binding, n * (128 << 10), 128 << 10, part);
     }
     eventually("they are under way", || {
         client.pump();

@@ -1,10 +1,14 @@
-//! [`FileRing`]: reads and writes of files that complete by themselves, through io_uring.
+//! [`FileRing`]: reads of files that complete by themselves, through io_uring.
 //!
 //! ```text
-//!   read, write ──► submission queue ──submit: one system call for all──► kernel ──► device
-//!   (buffer, file)                                                                     │
-//!   take_done  ◄── completion queue, in shared memory: no system call ◄────────────────┘
+//!   read ────────► submission queue ──submit: one system call for all──► kernel ──► device
+//!   (buffer, file)                                                                    │
+//!   take_done ◄── completion queue, in shared memory: no system call ◄────────────────┘
 //! ```
+//!
+//! Reads alone, and that on purpose: what a process has begun this way outlives it. A write that was under way when its process was
+//! killed would land after everybody had been told that nothing of that process can land any more. (A `pwrite` can't: its thread
+//! does not end before it.) What a read leaves behind nobody sees.
 //!
 //! Why a buffer that is under way can't be touched by anybody else: it is moved into the ring, together with the file, and
 //! comes back with its completion. A ring that is dropped waits for all of them first. Pool memory that was
@@ -24,11 +28,11 @@ const FIXED_BYTES_MAX: usize = 1 << 30;
 /// An operation that has ended.
 #[derive(Debug)]
 pub struct Done {
-    /// As given to [`FileRing::read`] or [`FileRing::write`].
+    /// As given to [`FileRing::read`].
     pub token: u64,
     /// The buffer, the owner's again.
     pub buffer: Buffer,
-    /// Bytes moved; or why not. As with `pread` and `pwrite`, fewer than asked for may be moved.
+    /// Bytes moved; or why not. As with `pread`, fewer than asked for may be moved.
     pub outcome: io::Result<usize>,
 }
 
@@ -105,36 +109,9 @@ impl FileRing {
         &mut self,
         token: u64,
         file: &Arc<OwnedFd>,
-        buffer: Buffer,
-        range: Range<usize>,
-        offset: u64,
-    ) -> Result<(), Refused> {
-        self.begin(token, file, buffer, range, offset, false)
-    }
-
-    /// Writes `range` of the buffer at `offset` of the file. Begins with the next [`FileRing::submit`].
-    ///
-    /// # Errors
-    /// As [`FileRing::read`].
-    pub fn write(
-        &mut self,
-        token: u64,
-        file: &Arc<OwnedFd>,
-        buffer: Buffer,
-        range: Range<usize>,
-        offset: u64,
-    ) -> Result<(), Refused> {
-        self.begin(token, file, buffer, range, offset, true)
-    }
-
-    fn begin(
-        &mut self,
-        token: u64,
-        file: &Arc<OwnedFd>,
         mut buffer: Buffer,
         range: Range<usize>,
         offset: u64,
-        write: bool,
     ) -> Result<(), Refused> {
         let fixed = self.fixed == Some(buffer.pool_id());
         // Refuses what would turn negative: -1 would mean the current position.
@@ -147,11 +124,10 @@ impl FileRing {
         };
         let Some(number) = self.free.pop() else { return Err(Refused(buffer)) };
         let fd = types::Fd(file.as_raw_fd());
-        let entry = match (write, fixed) {
-            (false, true) => opcode::ReadFixed::new(fd, address, length, 0).offset(offset).build(),
-            (false, false) => opcode::Read::new(fd, address, length).offset(offset).build(),
-            (true, true) => opcode::WriteFixed::new(fd, address, length, 0).offset(offset).build(),
-            (true, false) => opcode::Write::new(fd, address, length).offset(offset).build(),
+        let entry = if fixed {
+            opcode::ReadFixed::new(fd, address, length, 0).offset(offset).build()
+        } else {
+            opcode::Read::new(fd, address, length).offset(offset).build()
         }
         .user_data(u64::from(number));
         self.under_way[number as usize] = Some(UnderWay { token, buffer, _file: Arc::clone(file) });
@@ -302,14 +278,11 @@ mod tests {
             ring.read(7, &file, buffer, 2..6, 3).unwrap();
             let done = wait(&mut ring);
             assert_eq!((done.token, done.outcome.unwrap(), &done.buffer[..8]), (7, 4, &b"..3456.."[..]));
-            ring.write(8, &file, done.buffer, 2..5, 9).unwrap();
-            let done = wait(&mut ring);
-            assert_eq!(done.outcome.unwrap(), 3);
             ring.read(9, &file, done.buffer, 0..4096, 8).unwrap();
             let done = wait(&mut ring);
             assert_eq!(
-                (done.outcome.unwrap(), &done.buffer[..4]),
-                (4, &b"8345"[..]),
+                (done.outcome.unwrap(), &done.buffer[..2]),
+                (2, &b"89"[..]),
                 "and the end of the file"
             );
         }

@@ -10,7 +10,7 @@
 //!                                   │ (queue pair, completion queue)
 //!                                   └─ cm: one event channel and thread per process; Listener, Outgoing
 //!
-//! file_ring reads and writes of files through io_uring, from and to the same pools
+//! file_ring reads of files through io_uring, into the same pools
 //!
 //! gauges    what this process holds at the moment, for metrics, tests and leak hunts
 //! ffi       the only place that sees rdma-sys

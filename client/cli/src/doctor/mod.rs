@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!   host      RDMA devices, memlock limit         server    reachable? which transport, and why; a few bytes moved
-//!   gauges    with --dir: what both planes hold
+//!   files     with --dir: how each volume is read and written      gauges    with --dir: what both planes hold
 //! ```
 
+mod files;
 mod host;
 mod server;
 
@@ -29,8 +30,8 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
         Some(Err(error)) => (Some(Err(error)), Ok(())),
         None => (None, Ok(())),
     };
-    let admin = match &args.dir {
-        Some(dir) => Some(gauges(dir).await),
+    let operator = match &args.dir {
+        Some(dir) => Some(ask(dir).await),
         None => None,
     };
     if args.json {
@@ -41,7 +42,11 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
         line(json!({
             "host": host.json(),
             "server": server.as_ref().map(text),
-            "gauges": admin.as_ref().map(text),
+            "volumes": operator.as_ref().map(|told| told.as_ref().map_or(Value::Null, |told| told.volumes["volumes"].clone())),
+            "gauges": operator.as_ref().map(|told| match told {
+                Ok(told) => told.gauges.clone(),
+                Err(error) => json!({ "error": format!("{error:#}") }),
+            }),
         }))?;
     } else {
         host.print()?;
@@ -50,22 +55,33 @@ pub(crate) async fn run(connection: &Connection, args: &Doctor) -> anyhow::Resul
             Some(Ok(facts)) => server::print(facts, host.software())?,
             Some(Err(error)) => line(format_args!("server    {}", shown(&format!("{error:#}"))))?,
         }
-        match &admin {
-            Some(Ok(gauges)) => print_gauges(gauges)?,
+        match &operator {
+            Some(Ok(told)) => {
+                files::print(&told.volumes, &told.gauges)?;
+                print_gauges(&told.gauges)?;
+            }
             Some(Err(error)) => line(format_args!("planes    {error:#}"))?,
             None => {}
         }
     }
     // What was asked for and could not be looked at makes the command fail; it has been told above.
-    match (server, admin) {
+    match (server, operator) {
         (Some(Err(error)), _) | (_, Some(Err(error))) => Err(error),
         _ => trial,
     }
 }
 
-/// What both server processes hold at the moment.
-async fn gauges(dir: &Path) -> anyhow::Result<Value> {
-    Admin::connect(dir).await?.gauges().await
+/// What only the server's own user is told.
+struct Told {
+    volumes: Value,
+    /// What both processes hold at the moment.
+    gauges: Value,
+}
+
+async fn ask(dir: &Path) -> anyhow::Result<Told> {
+    let mut admin = Admin::connect(dir).await?;
+    let volumes = admin.ask(&json!({ "get": "volumes" })).await?;
+    Ok(Told { volumes, gauges: admin.gauges().await? })
 }
 
 fn print_gauges(gauges: &Value) -> anyhow::Result<()> {

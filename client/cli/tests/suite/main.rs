@@ -8,6 +8,7 @@ mod common;
 
 mod bench_command;
 mod copying;
+mod direct;
 mod local;
 mod main_job;
 mod one_open;
