@@ -47,14 +47,14 @@ iperf() { # label -l-argument
 	sample "$1" MiB/s "$(awk '/receiver/ { for (i = 2; i <= NF; i++) if ($i == "Mbits/sec") print $(i - 1) * 1e6 / 8 / 1048576 }' "$dir/out")"
 }
 
-# perftest COMMAND SIZE COUNT DEPTH: bandwidth in MiB/s (its "MB" are that), or the typical latency and the mean.
+# perftest COMMAND SIZE COUNT DEPTH [QUEUE-PAIRS, each with a buffer of its own]: bandwidth in MiB/s (its "MB" are that), or the typical latency and the mean.
 perftest() {
 	local options="-F -s $2 -n $3 -d $device"
 	case $1 in
 	*_bw)
-		options="$options -t $4"
+		options="$options${5:+ -q $5} -t $4"
 		yardstick "$1 $options" "$1 $options $HOLDFAST_RXE_ADDR"
-		sample "$1 -s $2 -t $4" MiB/s "$(awk -v s="$2" '$1 == s { print $4 }' "$dir/out")"
+		sample "$1 -s $2${5:+ -q $5} -t $4" MiB/s "$(awk -v s="$2" '$1 == s { print $4 }' "$dir/out")"
 		;;
 	*_lat)
 		yardstick "$1 $options" "$1 $options $HOLDFAST_RXE_ADDR"
