@@ -76,7 +76,8 @@ impl StorageRing {
 
     /// The next job done; as an error one of which a thread is to do the rest.
     pub(crate) fn done(&mut self) -> Option<Result<Done, Job>> {
-        loop {
+        // Asked in every round of a worker, most of which have nothing here.
+        while !self.jobs.is_empty() {
             let done = self.ring.take_done()?;
             let token = usize::try_from(done.token).unwrap_or(usize::MAX);
             let Some(mut job) = self.jobs.try_remove(token) else {
@@ -106,10 +107,14 @@ impl StorageRing {
             let Job { tag, work, buffer, .. } = job;
             return Some(Ok(Done { tag, work, buffer, length, progress, written_ns: 0 }));
         }
+        None
     }
 
     /// Lets the kernel begin what was taken.
     pub(crate) fn submit(&mut self) {
+        if !self.ring.is_pending() {
+            return;
+        }
         if let Err(error) = self.ring.submit() {
             static LOGGED: Limiter = Limiter::new();
             if let Some(suppressed) = LOGGED.pass() {
