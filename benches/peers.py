@@ -88,6 +88,11 @@ for name in ("nbdkit", "NFS-Ganesha"):
 MANY = f"holdfast tcp, {SMALL} 16, 64 clients"
 ONE = f"holdfast tcp, {SMALL} 16"
 ROWS.append(Row("native", "tcp read, 4 KiB, 64 clients of 16", MANY, "IOPS", "1 client of 16", ONE, ">= 0.8"))
+for transport in ("local", "tcp"):
+    for way, block, depth, unit in (("randread", "4k", 1, "IOPS"), ("randread", "4k", 16, "IOPS"), ("randwrite", "4k", 16, "IOPS"),
+                                    ("read", "1m", 8, "MiB/s"), ("write", "1m", 8, "MiB/s")):
+        ROWS.append(Row("disk", f"{transport}, {way} {block}, depth {depth}", f"holdfast {transport}, {way} {block}, depth {depth}",
+                        unit, "fio with io_uring on the file itself", f"the file, {way} {block}, depth {depth}", ""))
 
 
 def extract(kind, series, path, cpu, more=None):
@@ -146,7 +151,7 @@ def met(ratio, aim):
 def read(root):
     """{kind: {(series, unit): [value of each round]}}, and what is to be said about each kind."""
     samples, about = {}, {}
-    for kind in ("verbs", "native"):
+    for kind in ("verbs", "native", "disk"):
         path = root / kind / "samples.tsv"
         if not path.exists() or not (root / kind / "machine.txt").exists():
             continue
@@ -178,7 +183,8 @@ def compare(samples):
                "met": met(ratio, row.aim)}
 
 
-TITLES = {"verbs": "verbs, in soft-RoCE, one boot", "native": "tcp and local, on loopback"}
+TITLES = {"verbs": "verbs, in soft-RoCE, one boot", "native": "tcp and local, on loopback",
+          "disk": "past the page cache, on a disk"}
 
 
 def markdown(samples, about, rows, plot):

@@ -43,6 +43,7 @@ holdfast_start() {
 	local home=$work/home listen serve
 	"$programs/holdfast" init --dir "$home" --volume "data=$share" --address "$1" --port 0 >/dev/null
 	printf '\n[map]\nenabled = true\n' >>"$home/dataplane.toml"
+	[ -z "${holdfast_settings:-}" ] || sed -i "$holdfast_settings" "$home/control.toml"
 	"$programs/holdfast" serve --json --dir "$home" >"$work/serve.out" 2>"$work/serve.log" </dev/null &
 	serve=$!
 	pids+=("$serve")
