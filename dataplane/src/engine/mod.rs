@@ -17,6 +17,7 @@
 //! | `binding` | keys and state of the bindings of a channel |
 //! | `request` | one request, from its checks to its reply |
 //! | `transfer` | the bytes of reads and writes |
+//! | `filled` | pieces of a read on their way from the disk |
 //! | `reply` | frames that go out |
 //! | `fence` | draining a binding |
 //! | `restrict` | rules for what I/O may touch, and waiting for I/O begun before them |
@@ -40,6 +41,7 @@ mod direct;
 mod door;
 mod ending;
 mod fence;
+mod filled;
 mod inbox;
 mod latch;
 mod map;

@@ -12,6 +12,7 @@
 
 use super::binding::{BindingRef, Drain};
 use super::channel::{Conn, Cx, Phase};
+use super::filled::Filled;
 use super::map::Wanted;
 use super::storage::Work;
 use holdfast_shared::types::{Access, ByteRange, INLINE_BYTES_MAX, RegionDescriptor, Status};
@@ -50,8 +51,10 @@ pub(crate) struct Request {
     /// Of a Map.
     pub(super) map: Option<Box<Wanted>>,
     pub(super) message: Option<Buffer>,
-    /// A piece read and not yet placed: its bytes, and whether the file ends behind it.
-    pub(super) filled: Option<(Buffer, usize)>,
+    /// Pieces read and not yet placed.
+    pub(super) filled: Filled,
+    /// Bytes that storage was asked for ahead, beyond those begun.
+    pub(super) asked: u32,
     /// Bytes begun.
     pub(super) next: u32,
     /// Whether its bytes are pinned was looked at.
@@ -111,7 +114,8 @@ impl Request {
             payload: payload..payload + frame.payload.len(),
             map: if let Body::Map(map) = frame.body { Some(Wanted::read(map)) } else { None },
             message: None,
-            filled: None,
+            filled: Filled::default(),
+            asked: 0,
             next: 0,
             looked: false,
             at_end: false,
@@ -312,8 +316,8 @@ impl Conn {
 
     /// A request of a binding that serves no more: nothing new of it begins; it is answered once nothing is under way.
     fn stop_request(&mut self, cx: &mut Cx, request: &mut Request, status: Status) {
-        if let Some((buffer, _)) = request.filled.take() {
-            self.give(buffer);
+        while let Some(piece) = request.filled.pop() {
+            self.give(piece.buffer);
         }
         if !request.in_progress() {
             let count = if request.ask == Ask::Write { request.applied() } else { 0 };
@@ -395,8 +399,9 @@ impl Conn {
         for slot in 0..self.requests.len() {
             let Some(request) = &mut self.requests[slot] else { continue };
             request.message = None;
-            if let Some((buffer, _)) = request.filled.take() {
-                self.give(buffer);
+            let mut filled = std::mem::take(&mut request.filled);
+            while let Some(piece) = filled.pop() {
+                self.give(piece.buffer);
             }
         }
     }

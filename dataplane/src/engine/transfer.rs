@@ -13,6 +13,7 @@
 use super::backend::{Progress, read_now, write_now};
 use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Phase, Token};
+use super::filled::{AHEAD, Piece};
 use super::request::{Request, Step};
 use super::storage::{Done, Job, Tag, Work};
 use holdfast_shared::types::Status;
@@ -30,15 +31,26 @@ impl Conn {
         request: &mut Request,
         bytes: &mut usize,
     ) -> Option<Step> {
-        if request.storage > 0 {
-            return Some(Step::Next);
-        }
         if let Some((at, status)) = request.failed {
             debug_assert!(at <= request.length);
+            if request.storage > 0 {
+                return Some(Step::Next);
+            }
+            while let Some(piece) = request.filled.pop() {
+                self.give(piece.buffer);
+            }
             request.answer = Some((status, 0));
             return Some(Step::Again);
         }
-        if request.next == 0 && request.filled.is_none() {
+        let lacks_buffer = self.ask_ahead(cx, slot, request);
+        if request.storage > 0 && request.filled.at(request.next).is_none_or(|piece| piece.is_last) {
+            // The next piece is on its way; or it is the last, and others are that nobody needs.
+            return Some(Step::Next);
+        }
+        if lacks_buffer && request.filled.is_empty() {
+            return Some(Step::NoBuffer);
+        }
+        if request.next == 0 && request.filled.is_empty() {
             if let Some(step) = self.step_pinned(cx, slot, request, bytes) {
                 return step;
             }
@@ -47,8 +59,17 @@ impl Conn {
         if !self.room(2) || !self.can_reply() {
             return Some(Step::NoRoom);
         }
-        let (buffer, count) = match request.filled.take() {
-            Some(filled) => filled,
+        let (buffer, count) = match request.filled.take(request.next) {
+            Some(Piece { buffer, count, is_last, .. }) => {
+                request.at_end = is_last;
+                if is_last {
+                    // Read in vain: the file ends before them.
+                    while let Some(piece) = request.filled.pop() {
+                        self.give(piece.buffer);
+                    }
+                }
+                (buffer, count)
+            }
             None => {
                 let Some(mut buffer) = self.take(cx) else { return Some(Step::NoBuffer) };
                 let length = self.piece_max(cx).min((request.length - request.next) as usize);
@@ -86,6 +107,28 @@ impl Conn {
         };
         *bytes += count;
         self.place(cx, slot, request, buffer, count)
+    }
+
+    /// Asks storage for the next pieces of a read that goes past the page cache, several at once: each is a way to the disk. True if
+    /// there was no buffer for the first of them.
+    fn ask_ahead(&mut self, cx: &mut Cx, slot: u16, request: &mut Request) -> bool {
+        let file = request.binding.and_then(|name| self.bindings.get(name)?.file.as_ref());
+        let ahead =
+            file.and_then(|file| file.direct()).is_some_and(|direct| direct.begins(0, request.offset));
+        if !ahead {
+            return false;
+        }
+        let max = AHEAD.min(cx.settings.engine.fetches.into());
+        while request.asked < request.length && request.filled.len() + usize::from(request.storage) < max {
+            let Some(buffer) = self.take(cx) else {
+                return request.storage == 0 && request.filled.is_empty();
+            };
+            let at = request.asked;
+            let length = self.piece(cx, request, at);
+            request.asked += length;
+            self.hand_over(cx, slot, request, Work::Read, Some(buffer), 0..length as usize, at, 0);
+        }
+        false
     }
 
     /// Places a piece, and the reply behind it if it is the last.
@@ -359,8 +402,12 @@ impl Conn {
         let inline = !request.payload.is_empty();
         match (work, progress, buffer) {
             (Work::Read, Progress::Complete(count), Some(buffer)) if self.phase == Phase::Open => {
-                request.at_end = count < length;
-                request.filled = Some((buffer, count));
+                let piece = Piece { at: tag.piece, buffer, count, is_last: count < length };
+                if let Err(piece) = request.filled.put(piece) {
+                    tracing::error!("more pieces of a read than were asked for: our own fault");
+                    self.give(piece.buffer);
+                    request.fail(tag.piece, Status::Internal);
+                }
             }
             (Work::Flush { .. }, progress, _) => {
                 let status = if let Progress::Failed(_, status) = progress { status } else { Status::Ok };

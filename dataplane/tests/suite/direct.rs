@@ -146,6 +146,45 @@ fn a_fence_waits_for_direct_writes() {
     rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
 }
 
+/// Reads ask for several pieces at once, and go on with one where there are no more buffers; what is asked for beyond the end of the
+/// file is given back.
+#[test]
+fn long_reads_share_few_buffers_and_never_deadlock() {
+    for (buffers, io_uring) in [(1, true), (3, true), (16, true), (3, false)] {
+        let Some(rig) = rig(|engine| {
+            engine.buffer_bytes = 16 << 10;
+            engine.pool_bytes = buffers * (16 << 10);
+            engine.io_uring = io_uring;
+        }) else {
+            return;
+        };
+        // The last pieces of reads near the end are short, or not there at all.
+        let content = pattern((1 << 20) + 5000, 6);
+        let mut clients: Vec<_> = (0..3).map(|_| rig.bound(&content)).collect();
+        for at in [0u64, 409_600, (1 << 20) - (64 << 10), 1 << 20] {
+            let asked: Vec<Vec<u32>> = clients
+                .iter_mut()
+                .map(|(client, binding, _)| {
+                    (0..12)
+                        .map(|_| client.send_io(Opcode::Read, *binding, at, 200_000, client.descriptor()))
+                        .collect()
+                })
+                .collect();
+            let there = (content.len() - at as usize).min(200_000);
+            for ((client, ..), asked) in clients.iter_mut().zip(asked) {
+                for request in asked {
+                    assert_eq!(client.answer(request), (Status::Ok, there as u32), "{buffers} buffers, {at}");
+                }
+                let mut bytes = vec![0; there];
+                client.region().copy_out(0, &mut bytes).unwrap();
+                assert!(bytes == content[at as usize..at as usize + there]);
+            }
+        }
+        rig.wait_gauge("buffers_free", buffers as u64);
+        assert_eq!(rig.gauge("storage_queue"), 0);
+    }
+}
+
 /// Direct writes leave pages behind that are pinned: nothing of such a volume may be.
 #[test]
 fn nothing_is_mapped_or_pinned_and_over_verbs_the_bytes_are_right_too() {
