@@ -48,7 +48,7 @@ pub(crate) use in_flight::Reply;
 use parking_lot::Mutex;
 use prompt::Look;
 use request::{Purpose, Request};
-use state::{Sent, State};
+use state::{GivenBack, Sent, State};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::Poll;
@@ -237,16 +237,19 @@ impl Shared {
 
     /// Gives a binding back without waiting, as soon as a credit is free.
     pub(crate) fn unbind_later(&self, binding: Arc<BindingCore>) {
-        let mut state = self.state.lock();
-        state.unbinds.push_back(binding);
-        state.drain(&self.credits);
+        self.give_back(GivenBack { binding, mapping: None });
     }
 
     /// Gives a mapping back without waiting, as soon as a credit is free.
     pub(crate) fn unmap_later(&self, binding: Arc<BindingCore>, mapping: u32) {
+        self.give_back(GivenBack { binding, mapping: Some(mapping) });
+    }
+
+    fn give_back(&self, given: GivenBack) {
         let mut state = self.state.lock();
+        // What has ended has nothing to be given back.
         if state.ended.is_none() {
-            state.unmaps.push_back((binding, mapping));
+            state.given_back.push_back(given);
             state.drain(&self.credits);
         }
     }

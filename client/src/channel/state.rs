@@ -3,7 +3,7 @@
 use super::Facts;
 use super::gather::Gather;
 use super::prompt::Prompt;
-use super::request::{Done, Failure, Purpose, Request};
+use super::request::{Done, Failure, Granted, Purpose, Request};
 use crate::bind::BindingCore;
 use crate::error::{Ended, Error, Result};
 use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, SubmitError};
@@ -30,6 +30,13 @@ pub(super) struct Slot {
     pub(super) abandoned: bool,
 }
 
+/// What has no owner any more: a binding, or one mapping of it.
+#[derive(Clone)]
+pub(super) struct GivenBack {
+    pub(super) binding: Arc<BindingCore>,
+    pub(super) mapping: Option<u32>,
+}
+
 pub(super) enum Sent {
     Number(u32),
     /// All send buffers are at the device.
@@ -52,10 +59,8 @@ pub(crate) struct State {
     pub(super) credits_max: usize,
     /// Callers that wait for a send buffer.
     pub(super) room: Vec<Waker>,
-    /// Bindings whose owner has gone.
-    pub(super) unbinds: VecDeque<Arc<BindingCore>>,
-    /// Mappings whose owner has gone.
-    pub(super) unmaps: VecDeque<(Arc<BindingCore>, u32)>,
+    /// First come, first given back: a mapping's owner keeps its binding, so that comes after it.
+    pub(super) given_back: VecDeque<GivenBack>,
     pub(super) scratch: Vec<u8>,
     pub(super) prompt: Prompt,
     pub(super) gather: Gather,
@@ -84,8 +89,7 @@ impl State {
             credits_total: 0,
             credits_max,
             room: Vec::new(),
-            unbinds: VecDeque::new(),
-            unmaps: VecDeque::new(),
+            given_back: VecDeque::new(),
             scratch: Vec::new(),
             ended: None,
         }
@@ -149,9 +153,7 @@ impl State {
             if self.ended.is_some() {
                 return;
             }
-            let unmapped = self.send_unmaps(credits);
-            let unbound = self.send_unbinds(credits);
-            if !unmapped && !unbound && self.channel.arm() == Armed::Idle {
+            if !self.send_given_back(credits) && self.channel.arm() == Armed::Idle {
                 self.armed = true;
                 return;
             }
@@ -237,49 +239,30 @@ impl State {
             !slot.abandoned
         });
         self.bindings.drain().for_each(|(_, binding)| binding.end());
-        self.unbinds.clear();
-        self.unmaps.clear();
+        self.given_back.clear();
         self.room.drain(..).for_each(Waker::wake);
     }
 
-    /// Sends unbinds for bindings without an owner, as far as credits go. True if it sent one.
-    fn send_unbinds(&mut self, credits: &Semaphore) -> bool {
+    /// Gives back what has no owner any more, as far as credits go. True if it sent something.
+    fn send_given_back(&mut self, credits: &Semaphore) -> bool {
         let mut sent = false;
-        while let Some(binding) = self.unbinds.front().cloned() {
+        while let Some(GivenBack { binding, mapping }) = self.given_back.front().cloned() {
             let Ok(credit) = credits.try_acquire() else { break };
-            match self.send(Some(&binding), &Request::Unbind, &mut Some(Purpose::Unbind)) {
+            let (request, purpose) = match mapping {
+                None => (Request::Unbind, Purpose::Unbind),
+                Some(mapping) => (Request::Unmap { mapping }, Purpose::Unmap),
+            };
+            match self.send(Some(&binding), &request, &mut Some(purpose)) {
                 Ok(Sent::Number(number)) => {
                     credit.forget();
-                    self.unbinds.pop_front();
+                    self.given_back.pop_front();
                     self.abandon(number);
                     sent = true;
                 }
                 Ok(Sent::NoRoom) => break,
                 Err(error) => {
-                    tracing::debug!(%error, "a binding could not be given back");
-                    self.unbinds.pop_front();
-                }
-            }
-        }
-        sent
-    }
-
-    /// Sends unmaps for mappings without an owner, as far as credits go. True if it sent one.
-    fn send_unmaps(&mut self, credits: &Semaphore) -> bool {
-        let mut sent = false;
-        while let Some((binding, mapping)) = self.unmaps.front().cloned() {
-            let Ok(credit) = credits.try_acquire() else { break };
-            match self.send(Some(&binding), &Request::Unmap { mapping }, &mut Some(Purpose::Unmap)) {
-                Ok(Sent::Number(number)) => {
-                    credit.forget();
-                    self.unmaps.pop_front();
-                    self.abandon(number);
-                    sent = true;
-                }
-                Ok(Sent::NoRoom) => break,
-                Err(error) => {
-                    tracing::debug!(%error, "a mapping could not be given back");
-                    self.unmaps.pop_front();
+                    tracing::debug!(%error, ?mapping, "a binding, or a mapping of it, could not be given back");
+                    self.given_back.pop_front();
                 }
             }
         }
@@ -288,7 +271,7 @@ impl State {
 
     /// True if there is something to be given back to the server.
     pub(super) fn gives_back(&self) -> bool {
-        !self.unbinds.is_empty() || !self.unmaps.is_empty()
+        !self.given_back.is_empty()
     }
 
     pub(super) fn slot(&mut self, number: u32) -> Option<&mut Slot> {
@@ -305,9 +288,11 @@ impl State {
         }
         let slot = self.slots.remove(index(number));
         match (slot.outcome, slot.binding) {
-            (Some(Ok(Done::Bound(binding))), _) => self.unbinds.push_back(binding),
-            (Some(Ok(Done::Mapped(granted))), Some(binding)) => {
-                self.unmaps.push_back((binding, granted.mapping));
+            (Some(Ok(Done::Bound(binding))), _) => {
+                self.given_back.push_back(GivenBack { binding, mapping: None });
+            }
+            (Some(Ok(Done::Mapped(Granted { mapping, .. }))), Some(binding)) => {
+                self.given_back.push_back(GivenBack { binding, mapping: Some(mapping) });
             }
             _ => {}
         }

@@ -1,5 +1,6 @@
 //! [`Target`]: what a stream reads from or writes to.
 
+use crate::binding::whole;
 use crate::error::Result;
 use crate::{Binding, Open, Region, Stripes};
 use std::ops::Range;
@@ -104,14 +105,6 @@ impl Target {
         range: Range<usize>,
         file_offset: u64,
     ) -> Result<usize> {
-        let mut count = 0;
-        while count < range.len() {
-            let rest = range.start + count..range.end;
-            match self.read_at(region, rest, file_offset + count as u64).await? {
-                0 => break,
-                more => count += more,
-            }
-        }
-        Ok(count)
+        whole(range, file_offset, |part, at| self.read_at(region, part, at)).await
     }
 }

@@ -23,6 +23,7 @@ mod piece;
 mod rail;
 mod spread;
 
+use crate::binding;
 use crate::channel::DataChannel;
 use crate::claim::Claim;
 use crate::config::Transport;
@@ -243,13 +244,9 @@ impl Stripes {
     /// # Errors
     /// As [`Stripes::write_at`]; [`Status::NoSpace`] if the server takes no more.
     pub async fn write_all(&self, region: &Region, range: Range<usize>, file_offset: u64) -> Result<()> {
-        let mut done = 0;
-        while done < range.len() {
-            let rest = range.start + done..range.end;
-            match self.write_at(region, rest, file_offset + done as u64).await? {
-                0 => return Err(Error::refused(Status::NoSpace)),
-                count => done += count,
-            }
+        let (wanted, write) = (range.len(), |part, at| self.write_at(region, part, at));
+        if binding::whole(range, file_offset, write).await? < wanted {
+            return Err(Error::refused(Status::NoSpace));
         }
         Ok(())
     }
