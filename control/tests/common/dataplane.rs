@@ -55,13 +55,18 @@ impl Dataplane {
     }
 
     pub fn try_register(&self) -> Option<Status> {
+        self.try_register_as(true, false)
+    }
+
+    /// `first`: of its process. `maps`: it maps files for one-sided reads.
+    pub fn try_register_as(&self, first: bool, maps: bool) -> Option<Status> {
         self.say(&ToControl::Register(Register {
             version: VERSION,
             service_blob: b"blob".to_vec(),
             held: 0,
-            first: true,
+            first,
             wrote: Vec::new(),
-            maps: false,
+            maps,
         }));
         self.registered()
     }

@@ -11,4 +11,5 @@ mod journal;
 mod lost_volumes;
 mod peers;
 mod recovery;
+mod sizes;
 mod survivors;

@@ -325,14 +325,19 @@ impl FileIo for Slow {
     }
 }
 
-#[test]
-fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
+/// A server of such files.
+fn slow() -> Option<(Server, Arc<Mutex<()>>)> {
     let held = Arc::new(Mutex::new(()));
     let ours = Arc::clone(&held);
     let opener: Opener = Arc::new(move |fd: OwnedFd, _| -> Arc<dyn FileIo> {
         Arc::new(Slow { file: KernelFile::new(fd), held: Arc::clone(&ours) })
     });
-    let Some(server) = Server::start(|settings| settings.map = on(), opener) else { return };
+    Some((Server::start(|settings| settings.map = on(), opener)?, held))
+}
+
+#[test]
+fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
+    let Some((server, held)) = slow() else { return };
     let (mut client, binding, _open) = server.bound(&[b'a'; 8192]);
     let holding = held.lock().unwrap();
     let (first, second) = (lane(&server, &client), lane(&server, &client));
@@ -343,6 +348,35 @@ fn a_lane_whose_map_waits_for_its_turn_does_not_grow_too_old() {
     for request in asked {
         client.mapped(request).unwrap();
     }
+}
+
+/// Pinned before or after the bytes were taken away, who knows: it is granted to nobody, also if the change has ended by then.
+#[test]
+fn a_map_under_way_while_bytes_are_taken_away_is_not_granted() {
+    let Some((server, held)) = slow() else { return };
+    let (mut client, binding, open) = server.bound(&[b'a'; 20_000]);
+    let file = FileId::of(open.file.as_fd()).unwrap();
+    for id in 1..=3 {
+        let holding = held.lock().unwrap();
+        let lane = lane(&server, &client);
+        let request = client.send_map(binding, 0, 8192, lane.end());
+        eventually("it is with the mapper", || server.rig.gauge("mappings") == 1);
+        server.rig.engine.withdraw(Withdraw { id, device: file.0, inode: file.1 });
+        // What is not granted need not be waited for.
+        let told = Told::Withdrawn(id);
+        eventually("withdrawn", || server.rig.control.told().contains(&told));
+        if id > 1 {
+            open.file.set_len(20_000 - id).unwrap();
+            server.rig.engine.mappable(id);
+        }
+        drop(holding);
+        assert_eq!(client.mapped(request).map(drop), Err(Status::Unavailable), "change {id}");
+        eventually("nothing of it is left", || server.rig.gauge("mappings") == 0);
+        server.rig.engine.mappable(id);
+    }
+    let mut view = map(&server, &mut client, binding, 16_384, 8192).unwrap();
+    assert_eq!(view.mapped.length.get(), 20_000 - 3 - 16_384);
+    assert_eq!(view.read(&client, 0, 10).unwrap(), [b'a'; 10]);
 }
 
 #[test]

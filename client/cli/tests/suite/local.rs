@@ -226,3 +226,41 @@ fn a_killed_data_plane_is_found_again_over_the_socket() {
         });
     }
 }
+
+/// With ever fewer descriptors allowed to the client: it reads the right bytes, or says that it has too few. Among those with just
+/// enough for itself is one that has no room for the file's own, and is served.
+#[test]
+fn a_client_without_room_for_the_descriptor_is_served_and_nothing_leaks() {
+    let (server, content) = server(&[("local_descriptors", "true")]);
+    let open_at_server = || std::fs::read_dir(format!("/proc/{}/fd", server.dataplane_pid)).unwrap().count();
+    let (mut served, mut direct, mut failed) = (0, 0, 0);
+    let mut before = None;
+    for limit in (6..64).rev() {
+        let reads = server.gauges()[READS];
+        let mut cat = std::process::Command::new("prlimit");
+        cat.arg(format!("--nofile={limit}:{limit}")).arg(crate::common::program("holdfast"));
+        cat.arg("--config").arg(server.config()).args(["cat", "data:/f"]);
+        let output = cat.output().unwrap();
+        if !output.status.success() {
+            failed += 1;
+            if failed > 3 {
+                break;
+            }
+            continue;
+        }
+        assert!(output.stdout == content, "limit {limit}");
+        if server.gauges()[READS] == reads {
+            direct += 1
+        } else {
+            served += 1
+        }
+        before.get_or_insert_with(open_at_server);
+    }
+    assert!(direct > 0, "none was given one");
+    assert!(served > 0, "none had too little room: {direct} read past the server, {failed} failed");
+    let since = Instant::now();
+    while open_at_server() > before.unwrap() {
+        assert!(since.elapsed() < DEADLINE, "the server keeps what its clients had");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
