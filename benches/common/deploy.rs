@@ -98,7 +98,13 @@ impl Server {
         let text = std::fs::read_to_string(&path).expect("client.toml");
         let old =
             text.lines().find(|line| line.starts_with("server = ")).expect("client.toml names the server");
-        std::fs::write(&path, text.replace(old, &format!("server = \"{listen}\""))).expect("client.toml");
+        std::fs::write(
+            &path,
+            text.replace(old, &format!("server = \"{listen}\""))
+                // What is measured as served is to be served.
+                .replace("one_sided = \"auto\"", "one_sided = \"off\""),
+        )
+        .expect("client.toml");
         server
     }
 

@@ -85,10 +85,15 @@ impl BindingCore {
         self.ended.store(true, Ordering::Release);
     }
 
+    /// True if the channel has ended, or the binding was given back.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
     /// The file itself, if the server gave it and the binding is of use.
     pub(crate) fn direct(&self) -> Option<&DirectFile> {
         let file = self.file.get()?;
-        let live = !self.ended.load(Ordering::Acquire) && self.fenced().is_none();
+        let live = !self.has_ended() && self.fenced().is_none();
         live.then_some(file)
     }
 

@@ -45,6 +45,30 @@ pub enum Recovery {
     Soft,
 }
 
+/// Whether reads of a file that is hot become one-sided by themselves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OneSided {
+    /// Over verbs, where the server allows it (`[map]` in its `dataplane.toml`): what is read several times over, and hardly
+    /// written, is mapped in the background and then read with no work for the server. See [`crate::Mapping`] for what is seen.
+    #[default]
+    Auto,
+    /// Only what [`crate::Binding::map`] maps.
+    Off,
+}
+
+impl std::str::FromStr for OneSided {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            other => Err(format!("'{other}' is neither auto nor off")),
+        }
+    }
+}
+
 /// The files that prove who the client is, and tell it whom to trust.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -87,6 +111,9 @@ pub struct Config {
     /// How data channels are carried.
     #[serde(default)]
     pub transport: Transport,
+    /// Whether reads of a file that is hot become one-sided by themselves.
+    #[serde(default)]
+    pub one_sided: OneSided,
     /// Longest wait for a connection, milliseconds.
     #[serde(default = "default_connect_ms_max")]
     pub connect_ms_max: u64,
@@ -183,6 +210,9 @@ mod tests {
         assert_eq!(config.tls.ca, Path::new("dir/a"));
         assert_eq!(config.tls.certificate, Path::new("/b"));
         assert_eq!((config.recovery, config.away_max()), (Recovery::Hard, None));
+        assert_eq!(config.one_sided, OneSided::Auto);
+        let off = Config::parse(&format!("one_sided='off'\n{TLS}"), Path::new("client.toml")).unwrap();
+        assert_eq!(off.one_sided, OneSided::Off);
         let soft = format!("recovery='soft'\nsoft_ms=70\n{TLS}");
         let soft = Config::parse(&soft, Path::new("client.toml")).unwrap();
         assert_eq!(soft.away_max(), Some(Duration::from_millis(70)));
@@ -194,6 +224,7 @@ mod tests {
             (format!("sever='x'\n{TLS}"), "sever"),
             (format!("transport='ib'\n{TLS}"), "ib"),
             (format!("recovery='medium'\n{TLS}"), "medium"),
+            (format!("one_sided='on'\n{TLS}"), "one_sided"),
             (format!("in_flight_max=0\n{TLS}"), "in_flight_max"),
             (format!("connect_ms_max=0\n{TLS}"), "0 ms"),
             (String::new(), "tls"),

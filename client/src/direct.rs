@@ -99,13 +99,14 @@ impl DirectFile {
         region.read_file_nowait(self.descriptor.as_fd(), offset, range)
     }
 
-    /// Who reads and reads, and never waits, lets others run now and then: among them the task that hears of a fence.
-    pub(crate) async fn let_others_run(&self, length: usize) {
-        let cost = length + READ_COST_BYTES;
-        if self.since_yield.fetch_add(cost, Ordering::Relaxed) + cost >= YIELD_BYTES {
-            self.since_yield.store(0, Ordering::Relaxed);
-            tokio::task::yield_now().await;
-        }
+    /// Counts a read. True if it is time to let others run: who reads and reads never waits, and among the others is the
+    /// task that hears of a fence.
+    pub(crate) fn is_others_turn(&self, length: usize) -> bool {
+        // Of two who count at the same time one may not be counted: it is a rough measure, and the dearer one costs a bus lock.
+        let since = self.since_yield.load(Ordering::Relaxed) + length + READ_COST_BYTES;
+        let is_turn = since >= YIELD_BYTES;
+        self.since_yield.store(if is_turn { 0 } else { since }, Ordering::Relaxed);
+        is_turn
     }
 
     /// Reads the rest on a thread that may wait. It counts the `done` bytes before it too.

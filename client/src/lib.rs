@@ -19,6 +19,7 @@ mod config;
 mod direct;
 mod endpoint;
 mod error;
+mod hot;
 mod mapping;
 mod open;
 mod recovery;
@@ -33,7 +34,7 @@ mod tls;
 
 pub use binding::Binding;
 pub use channel::{DataChannel, InFlight};
-pub use config::{Config, Recovery, Tls, Transport};
+pub use config::{Config, OneSided, Recovery, Tls, Transport};
 pub use error::{Ended, Error, Refusal, Result};
 pub use mapping::Mapping;
 pub use open::{Event, Events, LockOptions, Open, OpenOptions};

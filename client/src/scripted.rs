@@ -77,6 +77,7 @@ impl Pki {
 
     pub(crate) fn config(&self, server: SocketAddr) -> Config {
         Config {
+            one_sided: crate::OneSided::Auto,
             server: server.to_string(),
             server_name: "localhost".into(),
             transport: Transport::Auto,

@@ -283,7 +283,8 @@ impl Default for Limits {
     }
 }
 
-/// `[map]`: ranges of files that clients of verbs channels may read one-sided, with no work for this process. What is mapped
+/// `[map]`: ranges of files that clients of verbs channels may read one-sided, with no work for this process. The client library
+/// maps what is hot by itself. What is mapped
 /// is pinned in memory, whole pages, until its client unmaps it or it is fenced.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]

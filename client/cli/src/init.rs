@@ -326,6 +326,9 @@ server_name = \"localhost\"
 # How data channels are carried: \"auto\" (a Unix socket on the server's own host, else RDMA where both sides have it, else
 # TCP), \"local\", \"verbs\" or \"tcp\".
 transport = \"auto\"
+# Over RDMA, with a server that grants mappings: \"auto\" has what is read over and over read without the server's processors;
+# \"off\" leaves that to what an application maps.
+one_sided = \"auto\"
 # Longest wait for a connection, and for the answer to a request, milliseconds.
 connect_ms_max = 5000
 request_ms_max = 30000

@@ -8,7 +8,7 @@
 
 use super::Binding;
 use crate::channel::InFlight;
-use crate::direct::{DirectFile, Now};
+use crate::direct::Now;
 use crate::error::{Error, Result};
 use crate::recovery::reissue::{Again, Piece};
 use crate::region::Region;
@@ -70,10 +70,12 @@ impl Binding {
             let max = seat.piece_max();
             return Err(Error::Usage(format!("{length} bytes are more than one request moves ({max})")));
         }
-        if let (false, Some(file)) = (write, inner.direct(&seat)) {
+        if let (false, Some(file)) = (write, inner.direct(&seat.core)) {
             match file.read_now(region, range.clone(), file_offset) {
                 Now::Done(count) => {
-                    file.let_others_run(count).await;
+                    if file.is_others_turn(count) {
+                        tokio::task::yield_now().await;
+                    }
                     return Ok(InFlight::done(count));
                 }
                 Now::Rest(done) => {
@@ -101,7 +103,7 @@ impl Binding {
         let submitted = seat.submit(&piece, prompt, &admits).await;
         let again = Again { binding: Arc::clone(inner), seat, piece, begun };
         match submitted {
-            Ok(reply) => Ok(InFlight::new(reply, again)),
+            Ok(piece) => Ok(InFlight::new(piece, again)),
             Err(error) if again.is_wanted(&error) => Ok(InFlight::unsent(again)),
             Err(error) => Err(error),
         }
@@ -114,30 +116,34 @@ impl Binding {
     /// # Errors
     /// As [`Binding::submit_read`]; and what the server refuses.
     pub async fn read_at(&self, region: &Region, range: Range<usize>, file_offset: u64) -> Result<usize> {
-        let seat = self.inner.seat.load();
-        if let Some(file) = self.inner.direct(&seat) {
-            if let Some(count) = self.read_cached(file, region, &range, file_offset) {
-                file.let_others_run(count).await;
-                return Ok(count);
+        if let Some((count, others_turn)) = self.read_cached(region, &range, file_offset) {
+            if others_turn {
+                tokio::task::yield_now().await;
             }
+            return Ok(count);
         }
-        drop(seat);
-        self.in_pieces(region, range, file_offset, false).await
+        // In a place of its own: what is moved about for a read of the file itself is this function's state, and short.
+        Box::pin(self.in_pieces(region, range, file_offset, false)).await
     }
 
     /// The shortest way: all of a range that is in the page cache, read from the file itself. Anything unusual is not for it.
-    fn read_cached(
-        &self,
-        file: &DirectFile,
-        region: &Region,
-        range: &Range<usize>,
-        file_offset: u64,
-    ) -> Option<usize> {
-        self.inner.open.as_ref().map_or(Ok(0), |open| open.inner.gate.check()).ok()?;
+    /// Says how many bytes, and whether others should run now.
+    #[inline]
+    fn read_cached(&self, region: &Region, range: &Range<usize>, file_offset: u64) -> Option<(usize, bool)> {
+        let inner = &*self.inner;
+        let seat;
+        let file = match inner.direct(&inner.first) {
+            Some(file) => file,
+            None => {
+                seat = inner.seat.load();
+                inner.direct(&seat.core)?
+            }
+        };
+        inner.open.as_ref().map_or(Ok(0), |open| open.inner.gate.check()).ok()?;
         let length = region.check(range).ok()?;
         ByteRange::new(file_offset, length as u64).ok()?;
         match file.read_now(region, range.clone(), file_offset) {
-            Now::Done(count) => Some(count),
+            Now::Done(count) => Some((count, file.is_others_turn(count))),
             Now::Rest(_) | Now::Failed => None,
         }
     }
@@ -154,28 +160,30 @@ impl Binding {
     async fn in_pieces(&self, region: &Region, range: Range<usize>, at: u64, write: bool) -> Result<usize> {
         let length = region.check(&range)?;
         ByteRange::new(at, length as u64).map_err(|error| Error::Usage(error.to_string()))?;
-        let submit = async |start: usize, prompt: bool| loop {
-            let part = start..range.end.min(start + self.piece_max());
-            let (wanted, offset) = (part.len(), at + (start - range.start) as u64);
-            match self.submit(region, part, offset, write, prompt).await {
-                // Bound again this very moment, to a server that takes less at once.
-                Err(Error::Usage(_)) if wanted > self.piece_max() => {}
-                submitted => return Ok::<_, Error>((wanted, submitted?)),
-            }
-        };
         if length <= self.piece_max() {
-            let (wanted, request) = submit(range.start, true).await?;
+            let (wanted, request) = self.part(region, &range, range.start, at, write, true).await?;
             if wanted == length {
                 return request.await;
             }
             let _ = request.await;
         }
+        // Seldom, and then for long: short ones do without its state.
+        Box::pin(self.in_many_pieces(region, range, at, write)).await
+    }
+
+    async fn in_many_pieces(
+        &self,
+        region: &Region,
+        range: Range<usize>,
+        at: u64,
+        write: bool,
+    ) -> Result<usize> {
         let mut in_flight = VecDeque::with_capacity(PIECES_MAX);
         let moved = async {
             let (mut next, mut total) = (range.start, 0);
             loop {
                 while next < range.end && in_flight.len() < PIECES_MAX {
-                    let (wanted, request) = submit(next, false).await?;
+                    let (wanted, request) = self.part(region, &range, next, at, write, false).await?;
                     in_flight.push_back((wanted, request));
                     next += wanted;
                 }
@@ -193,6 +201,27 @@ impl Binding {
             let _ = request.await;
         }
         moved
+    }
+
+    /// Puts one piece of `range`, from `start` on, in flight: as much as goes in one request. Says how much that is.
+    async fn part(
+        &self,
+        region: &Region,
+        range: &Range<usize>,
+        start: usize,
+        at: u64,
+        write: bool,
+        prompt: bool,
+    ) -> Result<(usize, InFlight)> {
+        loop {
+            let part = start..range.end.min(start + self.piece_max());
+            let (wanted, offset) = (part.len(), at + (start - range.start) as u64);
+            match self.submit(region, part, offset, write, prompt).await {
+                // Bound again this very moment, to a server that takes less at once.
+                Err(Error::Usage(_)) if wanted > self.piece_max() => {}
+                submitted => return Ok((wanted, submitted?)),
+            }
+        }
     }
 
     /// Writes all of `range`, or fails.

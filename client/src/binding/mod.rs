@@ -18,8 +18,9 @@ mod io;
 mod seat;
 
 pub(crate) use io::whole;
-pub(crate) use seat::Seat;
+pub(crate) use seat::{Seat, UnderWay};
 
+use crate::bind::BindingCore;
 use crate::channel::DataChannel;
 use crate::channel::home::Home;
 use crate::channel::request::{Purpose, Request};
@@ -63,6 +64,8 @@ pub struct Binding {
 
 pub(crate) struct Inner {
     pub(crate) seat: ArcSwap<Seat>,
+    /// That of the first seat: as long as the file itself is read by it, no read needs to ask which seat there is now.
+    first: Arc<BindingCore>,
     pub(crate) home: Arc<Home>,
     /// Kept alive; `None` only in tests of the channel alone.
     pub(crate) open: Option<Open>,
@@ -76,6 +79,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         if !*self.unbound.get_mut() {
             let seat = self.seat.load();
+            seat.end_hot();
             seat.channel.unbind_later(Arc::clone(&seat.core));
         }
     }
@@ -87,8 +91,8 @@ impl Inner {
     }
 
     /// The file itself, if the server gave it and nothing has come between since.
-    pub(crate) fn direct<'a>(&self, seat: &'a Seat) -> Option<&'a DirectFile> {
-        let file = seat.core.direct()?;
+    pub(crate) fn direct<'a>(&self, core: &'a BindingCore) -> Option<&'a DirectFile> {
+        let file = core.direct()?;
         let over = self.is_unbound() || self.open.as_ref().is_some_and(|open| open.inner.is_closed());
         (!over).then_some(file)
     }
@@ -104,7 +108,7 @@ impl Inner {
     pub(crate) fn resumed(&self, incarnation: u64, kept: &[HandleId]) {
         let seat = self.seat.load();
         if kept.contains(&seat.core.handle) {
-            seat.incarnation.fetch_max(incarnation, Ordering::AcqRel);
+            seat.lives_on(incarnation);
         } else {
             // The server has done so already: no request needs to find out.
             seat.core.fence(Status::Fenced);
@@ -142,6 +146,7 @@ impl Open {
 impl Binding {
     pub(crate) fn new(seat: Seat, channel: &DataChannel, access: Access, open: Option<Open>) -> Self {
         let inner = Inner {
+            first: Arc::clone(&seat.core),
             seat: ArcSwap::from_pointee(seat),
             home: Arc::clone(&channel.home),
             open,
@@ -206,6 +211,7 @@ impl Binding {
     pub async fn unbind(&self) -> Result<()> {
         let Some(claim) = Claim::take(&self.inner.unbound) else { return Ok(()) };
         let seat = self.inner.seat.load_full();
+        seat.end_hot();
         let outcome = match seat.channel.submit(Some(&seat.core), Request::Unbind, Purpose::Unbind).await {
             Ok(reply) => {
                 claim.keep();

@@ -1,6 +1,7 @@
 //! [`Seat`]: a binding as one connection knows it, and how one piece of a read or write goes out there.
 //!
 //! ```text
+//!   a read      within a mapping that the library made: one-sided   (`hot`)
 //!   a read      region registered with the channel ─────────────────────────► Request::Read
 //!   a write     short: inline │ sealed: by way of a bounce region │ else: fetched from the region ─► Request::Write
 //! ```
@@ -10,12 +11,14 @@ use crate::bind::BindingCore;
 use crate::channel::request::{Bounce, Fetched, Purpose, Request, Source};
 use crate::channel::{Reply, Shared};
 use crate::error::{Error, Result};
+use crate::hot::{Hot, HotRead};
 use crate::recovery::reissue::Piece;
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, RegionDescriptor};
 use holdfast_transport::Registration;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 /// Smallest bounce region.
 const BOUNCE_MIN: usize = 64 << 10;
@@ -25,12 +28,54 @@ pub(crate) struct Seat {
     pub(crate) core: Arc<BindingCore>,
     pub(crate) channel: Arc<Shared>,
     /// The open's last resume that it is known to have lived through.
-    pub(super) incarnation: AtomicU64,
+    incarnation: AtomicU64,
+    /// Where reads become one-sided by themselves.
+    pub(crate) hot: Option<Arc<Hot>>,
+}
+
+/// One piece under way.
+pub(crate) enum UnderWay {
+    /// The server was asked.
+    Asked(Reply),
+    /// It is read past the server.
+    Hot(HotRead),
+}
+
+impl UnderWay {
+    /// Bytes read or written. [`Error::MappingLost`]: it is to be asked for again, on the same seat.
+    pub(crate) fn poll(&mut self, cx: &Context<'_>) -> Poll<Result<usize>> {
+        match self {
+            Self::Asked(reply) => reply.poll_count(cx),
+            Self::Hot(read) => read.poll(cx),
+        }
+    }
+
+    /// As [`UnderWay::poll`].
+    pub(crate) async fn count(mut self) -> Result<usize> {
+        std::future::poll_fn(|cx| self.poll(cx)).await
+    }
 }
 
 impl Seat {
-    pub(crate) fn new(core: Arc<BindingCore>, channel: Arc<Shared>, incarnation: u64) -> Self {
-        Self { core, channel, incarnation: AtomicU64::new(incarnation) }
+    pub(crate) fn new(
+        core: Arc<BindingCore>,
+        channel: Arc<Shared>,
+        incarnation: u64,
+        hot: Option<Arc<Hot>>,
+    ) -> Self {
+        Self { core, channel, incarnation: AtomicU64::new(incarnation), hot }
+    }
+
+    /// The open was resumed so often, and this was kept.
+    pub(super) fn lives_on(&self, incarnation: u64) {
+        self.incarnation.fetch_max(incarnation, Ordering::AcqRel);
+    }
+
+    /// It is being given back: see [`Hot::end`].
+    pub(super) fn end_hot(&self) {
+        if let Some(hot) = &self.hot {
+            hot.end();
+        }
     }
 
     /// True if requests of this seat, whose answers will not come, may still be carried out. `instance`: the data plane that is
@@ -52,6 +97,23 @@ impl Seat {
     /// Puts one piece in flight; a write only if it is admitted when its turn has come. `prompt`: as for
     /// [`Shared::submit_if`].
     pub(crate) async fn submit(
+        &self,
+        piece: &Piece,
+        prompt: bool,
+        admits: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<UnderWay> {
+        if let Some(hot) = &self.hot {
+            if piece.write {
+                hot.wrote(piece);
+            } else if let Some(read) = hot.read(&self.channel, &self.core, piece, prompt) {
+                return Ok(UnderWay::Hot(read));
+            }
+        }
+        self.ask(piece, prompt, admits).await.map(UnderWay::Asked)
+    }
+
+    /// As [`Seat::submit`], by the server and nobody else.
+    pub(crate) async fn ask(
         &self,
         piece: &Piece,
         prompt: bool,

@@ -7,6 +7,7 @@ use super::Shared;
 use super::prompt::Look;
 use super::request::Done;
 use super::state::index;
+use crate::binding::UnderWay;
 use crate::direct::Waiting;
 use crate::error::{Error, Result};
 use crate::recovery::reissue::Again;
@@ -37,6 +38,11 @@ impl Reply {
     /// Bytes read or written.
     pub(crate) async fn count(self) -> Result<usize> {
         counted(self.outcome().await?)
+    }
+
+    /// As [`Reply::count`].
+    pub(crate) fn poll_count(&mut self, cx: &Context<'_>) -> Poll<Result<usize>> {
+        self.poll_done(cx).map(|done| done.and_then(counted))
     }
 
     fn poll_done(&mut self, cx: &Context<'_>) -> Poll<Result<Done>> {
@@ -106,13 +112,13 @@ enum Stage {
     Done(usize),
     /// With a thread that reads the file itself.
     Direct(Waiting),
-    UnderWay(Reply),
+    UnderWay(UnderWay),
     Again(Pin<Box<dyn Future<Output = Result<usize>> + Send>>),
 }
 
 impl InFlight {
-    pub(crate) fn new(reply: Reply, again: Again) -> Self {
-        Self { stage: Stage::UnderWay(reply), again: Some(again) }
+    pub(crate) fn new(piece: UnderWay, again: Again) -> Self {
+        Self { stage: Stage::UnderWay(piece), again: Some(again) }
     }
 
     /// A request that found no binding to go by.
@@ -150,9 +156,13 @@ impl Future for InFlight {
                     }
                 }
                 Stage::Again(again) => return again.as_mut().poll(cx),
-                Stage::UnderWay(reply) => {
-                    let outcome = ready!(reply.poll_done(cx)).and_then(counted);
+                Stage::UnderWay(piece) => {
+                    let outcome = ready!(piece.poll(cx));
                     match (outcome, this.again.take()) {
+                        // The binding is as good as before.
+                        (Err(Error::MappingLost), Some(again)) => {
+                            this.stage = Stage::Again(Box::pin(again.run_here()));
+                        }
                         (Err(error), Some(again)) if again.is_wanted(&error) => {
                             this.stage = Stage::Again(Box::pin(again.run(true)));
                         }

@@ -40,6 +40,8 @@ pub use in_flight::InFlight;
 
 use crate::bind::BindingCore;
 use crate::error::{Ended, Error, Result};
+use crate::hot::Hot;
+use crate::mapping::Mapping;
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::{FRAME_BYTES_MAX, INLINE_BYTES_MAX};
 use holdfast_transport::{Capabilities, Channel, Registrar, Setup};
@@ -50,9 +52,10 @@ use prompt::Look;
 use request::{Purpose, Request};
 use state::{GivenBack, Sent, State};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
 /// Longest frame a server sends: a bind reply is 168 bytes.
@@ -91,6 +94,10 @@ pub(crate) struct Shared {
     pub(crate) facts: Facts,
     capabilities: Capabilities,
     pub(crate) peer: SocketAddr,
+    /// The runtime whose task drives it.
+    pub(crate) runtime: Handle,
+    /// Bindings that may have mappings made by themselves.
+    pub(crate) hots: Mutex<Vec<Weak<Hot>>>,
     /// Tells the driver to watch: see `prompt`.
     watch: Arc<Notify>,
     /// Dropped with the channel: the driver ends.
@@ -144,6 +151,8 @@ impl Shared {
             bounces: Arc::new(Semaphore::new(BOUNCES_MAX)),
             idle_bounces: Arc::new(Mutex::new(Vec::new())),
             facts,
+            runtime: Handle::current(),
+            hots: Mutex::default(),
             watch: Arc::default(),
             _driver: stop,
         });
@@ -159,6 +168,14 @@ impl Shared {
     /// Ends it: the device is cut off from all regions before this returns.
     pub(crate) fn fail(&self, why: Ended) {
         self.state.lock().fail(why, &self.credits);
+        let hots = std::mem::take(&mut *self.hots.lock());
+        hots.iter().filter_map(Weak::upgrade).for_each(|hot| hot.cut());
+    }
+
+    /// Mappings that were made without being asked for, to be given back now.
+    pub(crate) fn make_room(&self) -> Vec<Mapping> {
+        let hots: Vec<_> = self.hots.lock().iter().filter_map(Weak::upgrade).collect();
+        hots.iter().flat_map(|hot| hot.make_room()).collect()
     }
 
     /// The error of whoever comes too late.

@@ -20,6 +20,7 @@ use crate::binding::{Inner, Seat};
 use crate::channel::Shared;
 use crate::channel::home::{Home, may_heal};
 use crate::error::{Error, Result};
+use crate::hot::Hot;
 use crate::open::Open;
 use crate::session::connection::Connection;
 use holdfast_shared::types::{Access, Status};
@@ -174,7 +175,9 @@ pub(crate) async fn seat(
                     let _ = patience.wait("the descriptor", crate::direct::ask(&channel, &core)).await;
                     bound.kept = true;
                 }
-                return Ok(Seat::new(core, channel, incarnation));
+                let old = old.and_then(|old| old.hot.as_ref());
+                let hot = Hot::of(open.session().config(), &channel, &core, old);
+                return Ok(Seat::new(core, channel, incarnation, hot));
             }
             Err(error) => error,
         };

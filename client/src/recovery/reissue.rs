@@ -47,7 +47,7 @@ impl Again {
     /// True if nothing has come between since a read of the file itself was begun.
     pub(crate) fn is_direct_still(&self) -> bool {
         let gate = self.binding.open.as_ref().map_or(Ok(self.begun), |open| open.inner.gate.check());
-        gate.is_ok_and(|now| now == self.begun) && self.binding.direct(&self.seat).is_some()
+        gate.is_ok_and(|now| now == self.begun) && self.binding.direct(&self.seat.core).is_some()
     }
 
     /// The server has acknowledged it.
@@ -57,13 +57,22 @@ impl Again {
         }
     }
 
-    /// Makes the request again until it is answered. `sent`: it may have been carried out.
-    pub(crate) async fn run(mut self, sent: bool) -> Result<usize> {
+    /// Makes a read again whose seat is as good as it was: what it was read by has ended.
+    pub(crate) async fn run_here(self) -> Result<usize> {
+        self.run_as(true, false).await
+    }
+
+    /// Makes the request again, on another seat, until it is answered. `sent`: it may have been carried out.
+    pub(crate) async fn run(self, sent: bool) -> Result<usize> {
+        self.run_as(false, sent).await
+    }
+
+    async fn run_as(mut self, here: bool, sent: bool) -> Result<usize> {
         let binding = Arc::clone(&self.binding);
         let Some(open) = &binding.open else { return Err(Error::Internal("nothing to bind again to")) };
-        let (mut trials, mut done, mut sent) = (Trials::new(open), 0, sent);
+        let (mut trials, mut done, mut here, mut sent) = (Trials::new(open), 0, here, sent);
         loop {
-            let replaced = trials.replace(&binding, open, &self.seat).await;
+            let replaced = if here { Ok(()) } else { trials.replace(&binding, open, &self.seat).await };
             self.may_go_on(open, sent)?;
             match replaced {
                 // Given up, with `recovery = "soft"`.
@@ -72,13 +81,17 @@ impl Again {
                 }
                 replaced => replaced?,
             }
-            self.seat = binding.seat.load_full();
+            if !here {
+                self.seat = binding.seat.load_full();
+            }
             match self.once(&mut done, &|| self.may_go_on(open, sent)).await {
                 Ok(count) => {
                     self.acknowledged();
                     return Ok(count);
                 }
-                Err(error) if rebind::is_wanted(&error) => sent = true,
+                // Each time it is another mapping, and they are few.
+                Err(Error::MappingLost) => here = true,
+                Err(error) if rebind::is_wanted(&error) => (here, sent) = (false, true),
                 Err(error) => return Err(error),
             }
         }

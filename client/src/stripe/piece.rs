@@ -78,6 +78,8 @@ pub(super) async fn run(inner: &Arc<Inner>, piece: Piece, prompt: bool) -> Resul
                     return Ok(done);
                 }
             }
+            // What it was read by has ended, and the channel has not.
+            Err(Error::MappingLost) => {}
             Err(error) if is_wanted(&error) => {
                 if piece.write && submitted {
                     sent = true;
@@ -127,7 +129,7 @@ impl Inner {
         };
         // One that may not read is refused, which is an answer too.
         let byte = Piece { region, start: 0, length: 1, offset: 0, write: false };
-        let outcome = match seat.submit(&byte, false, &|| Ok(())).await {
+        let outcome = match seat.ask(&byte, false, &|| Ok(())).await {
             Ok(reply) => reply.count().await,
             Err(error) => Err(error),
         };

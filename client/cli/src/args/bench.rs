@@ -3,7 +3,7 @@
 use super::parse_count;
 use crate::remote::Remote;
 use clap::{Args, ValueEnum};
-use holdfast_client::Transport;
+use holdfast_client::{OneSided, Transport};
 
 /// Measure reads or writes of one file: rate, latency, CPU time
 ///
@@ -51,6 +51,10 @@ pub(crate) struct Bench {
     /// How bytes travel: auto, local, verbs or tcp [default: the configuration's]
     #[arg(long)]
     pub(crate) transport: Option<Transport>,
+    /// Whether hot parts of the file are read one-sided, where the server grants mappings: auto or off [default: the
+    /// configuration's]
+    #[arg(long)]
+    pub(crate) one_sided: Option<OneSided>,
     /// One JSON object, and no progress bar
     #[arg(long)]
     pub(crate) json: bool,

@@ -30,6 +30,9 @@ pub(crate) async fn run(connection: &Connection, args: &Bench) -> anyhow::Result
     if let Some(transport) = args.transport {
         config.transport = transport;
     }
+    if let Some(one_sided) = args.one_sided {
+        config.one_sided = one_sided;
+    }
     let session = Session::connect(&config).await?;
     let (open, made) = open(&session, args).await.with_context(|| args.file.to_string())?;
     let measured = measure(&open, made, args).await;

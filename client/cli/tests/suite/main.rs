@@ -9,6 +9,7 @@ mod common;
 mod bench_command;
 mod copying;
 mod direct;
+mod hot;
 mod local;
 mod main_job;
 mod one_open;

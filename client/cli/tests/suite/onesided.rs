@@ -9,26 +9,31 @@ use holdfast_client::{
 use holdfast_verbs::{Device, FileRegistration};
 use std::time::Instant;
 
-const SIZE: usize = 8 << 20;
+pub(crate) const SIZE: usize = 8 << 20;
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
 /// A server that grants mappings, and a file of it with that content.
-fn server() -> Option<(Deployment, Vec<u8>)> {
+pub(crate) fn server() -> Option<(Deployment, Vec<u8>)> {
+    server_with(Wish { dataplane: "\n[map]\nenabled = true\n", ..Wish::default() })
+}
+
+/// The same with other wishes.
+pub(crate) fn server_with(wish: Wish) -> Option<(Deployment, Vec<u8>)> {
     rdma_address()?;
     if Device::list().unwrap().iter().any(|device| !FileRegistration::is_possible(device).unwrap()) {
         eprintln!("skipped: this kernel pins no read-only mappings of files");
         return None;
     }
-    let server = Deployment::with(&Wish { dataplane: "\n[map]\nenabled = true\n", ..Wish::default() });
+    let server = Deployment::with(&wish);
     let content = pattern(7, SIZE);
     std::fs::write(server.volume().join("f"), &content).unwrap();
     Some((server, content))
 }
 
-async fn bound(server: &Deployment, options: OpenOptions) -> (Open, Binding) {
+pub(crate) async fn bound(server: &Deployment, options: OpenOptions) -> (Open, Binding) {
     let session = Session::connect(&Config::load(&server.config()).unwrap()).await.unwrap();
     let place = Place { volume: "data".into(), path: "f".into() };
     let open = session.open(&place, &options.disposition(Disposition::Open, 0)).await.unwrap();
@@ -37,7 +42,7 @@ async fn bound(server: &Deployment, options: OpenOptions) -> (Open, Binding) {
     (open, binding)
 }
 
-fn bytes(region: &Region, range: std::ops::Range<usize>) -> Vec<u8> {
+pub(crate) fn bytes(region: &Region, range: std::ops::Range<usize>) -> Vec<u8> {
     let mut bytes = vec![0; range.len()];
     region.copy_out(range.start, &mut bytes).unwrap();
     bytes

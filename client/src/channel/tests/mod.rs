@@ -67,7 +67,7 @@ impl World {
             secret,
         };
         let core = bind::bind(&self.channel.shared(), &request).await?;
-        let seat = crate::binding::Seat::new(core, self.channel.shared(), 0);
+        let seat = crate::binding::Seat::new(core, self.channel.shared(), 0, None);
         Ok(Binding::new(seat, &self.channel, request.access, None))
     }
 
