@@ -13,7 +13,7 @@ impl Binding {
     ///
     /// # Errors
     /// [`Error::WritesLost`] if the server's host was restarted since some of them were made; every flush fails so until
-    /// [`Open::accept_lost_writes`]. And what the server refuses: after [`Status::Io`] and [`Status::NoSpace`] the storage
+    /// [`crate::Open::accept_lost_writes`]. And what the server refuses: after [`Status::Io`] and [`Status::NoSpace`] the storage
     /// has not taken them, and later flushes fail as [`Error::WritesLost`] too.
     ///
     /// A flush whose answer was lost is made again, and its success is believed. Only if the storage failed in the very flush
