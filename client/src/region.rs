@@ -2,7 +2,7 @@
 
 use crate::channel::Shared;
 use crate::error::{Error, Result};
-use holdfast_transport::{Registration, RemoteAccess};
+use holdfast_transport::{Registration, RemoteAccess, local};
 use holdfast_verbs::memory;
 use parking_lot::Mutex;
 use std::ops::Range;
@@ -56,7 +56,11 @@ impl Region {
         if length == 0 || u32::try_from(length).is_err() {
             return Err(Error::Usage(format!("a region has 1 to {} bytes, not {length}", u32::MAX)));
         }
-        let memory = memory::Region::new(length)
+        // Only a server on this host can be given memory, and memory files are slower to pin for a device. Without one (as of too many
+        // open files) it is served all the same.
+        let shareable = local::in_use().then(|| memory::Region::shareable(length).ok()).flatten();
+        let memory = shareable
+            .map_or_else(|| memory::Region::new(length), Ok)
             .map_err(|error| Error::io(format!("cannot allocate a region of {length} bytes"), error))?;
         let living = LIVING.fetch_add(memory.len() as u64, Ordering::Relaxed) + memory.len() as u64;
         LIVING_MAX.fetch_max(living, Ordering::Relaxed);
