@@ -14,7 +14,7 @@ use crate::channel::RemoteAccess;
 use crate::region_table::Wanted;
 use crate::stream::Ending;
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::{PeerRegion, Region, SharedWord};
+use holdfast_verbs::memory::{PeerBytes, PeerRegion, Region, SharedWord};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -134,22 +134,22 @@ impl Reach {
         self.bytes = 0;
     }
 
-    /// Moves bytes between a buffer and what `remote` names, if it may be reached so: `act` is given the memory and where in it.
-    /// False if it may not, or the kernel could not.
+    /// Gives `act` what `remote` names, if it may be reached so, and keeps it from being withdrawn meanwhile. False if it may not.
     pub(super) fn reach(
         &self,
         remote: RegionDescriptor,
         wanted: Wanted,
-        act: impl FnOnce(&PeerRegion, usize) -> io::Result<()>,
+        act: &mut dyn FnMut(PeerBytes<'_>),
     ) -> bool {
-        let Some(mapped) = self.mapped.get(&remote.rkey()) else { return false };
-        let inside = || {
-            let start = usize::try_from(remote.address().checked_sub(mapped.descriptor.address())?).ok()?;
-            let end = start.checked_add(usize::try_from(remote.length()).ok()?)?;
-            (end <= mapped.memory.len() && mapped.access.allows(wanted)).then_some(start)
+        let Some(mapped) = self.mapped.get(&remote.rkey()).filter(|mapped| mapped.access.allows(wanted))
+        else {
+            return false;
         };
-        let Some(start) = inside() else { return false };
+        let start = remote.address().checked_sub(mapped.descriptor.address());
+        let Some(start) = start.and_then(|start| usize::try_from(start).ok()) else { return false };
+        let Ok(bytes) = mapped.memory.bytes(start, remote.length() as usize) else { return false };
         let Some(_user) = enter(&mapped.word, remote.rkey()) else { return false };
-        act(&mapped.memory, start).is_ok()
+        act(bytes);
+        true
     }
 }

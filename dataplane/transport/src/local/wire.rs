@@ -19,7 +19,7 @@ use crate::channel::{Armed, Registrar};
 use crate::region_table::{RegionTable, Wanted};
 use crate::stream::{Ending, Piece, Room, Wire};
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::{PeerRegion, Region};
+use holdfast_verbs::memory::{PeerBytes, PeerRegion, Region};
 use rustix::event::epoll;
 use rustix::net::{Shutdown, shutdown};
 use std::collections::VecDeque;
@@ -71,7 +71,7 @@ impl LocalWire {
         let regions_max = if PeerRegion::is_possible() { u32::from(SLOTS) } else { 0 };
         let note = Note::Area { ring_bytes: CAPACITY as u32, regions_max, bytes_max };
         note.send(socket.as_fd(), area.file())?;
-        let reach = Reach::new(Arc::clone(&area), Arc::clone(budget), Allowed { regions_max, bytes_max });
+        let reach = Reach::new(area.without_file(), Arc::clone(budget), Allowed { regions_max, bytes_max });
         Self::new(Arc::new(socket), Side::Server(reach), Some(area))
     }
 
@@ -137,6 +137,7 @@ impl LocalWire {
                 if !memory.is_frozen().map_err(Ending::Io)? {
                     return Err(Ending::Misbehaved("it says that it is ready, and the area is not frozen"));
                 }
+                let memory = memory.without_file();
                 self.area = Some(Area::new(&memory, false).map_err(|error| Ending::Io(error.into()))?);
             }
             (Note::Region { slot, access, region }, Side::Server(reach)) => {
@@ -168,25 +169,6 @@ impl LocalWire {
                 Ok(())
             }
             Err(error) => Err(Ending::Io(error)),
-        }
-    }
-
-    /// Moves bytes between a buffer and the peer's memory, if it was shared.
-    fn reach(
-        &mut self,
-        remote: RegionDescriptor,
-        wanted: Wanted,
-        act: impl FnOnce(&PeerRegion, usize) -> io::Result<()>,
-    ) -> Result<bool, Ending> {
-        match &self.side {
-            Side::Client(_) => return Ok(false),
-            Side::Server(reach) if reach.knows(remote.rkey()) => {}
-            // It was shared before it was named.
-            Side::Server(_) => self.look()?,
-        }
-        match &self.side {
-            Side::Server(reach) => Ok(reach.reach(remote, wanted, act)),
-            Side::Client(_) => Ok(false),
         }
     }
 }
@@ -259,12 +241,22 @@ impl Wire for LocalWire {
         self.descriptors.pop_front().ok_or(Ending::Misbehaved("its message has no descriptor"))
     }
 
-    fn place(&mut self, bytes: &[u8], remote: RegionDescriptor) -> Result<bool, Ending> {
-        self.reach(remote, Wanted::Place, |memory, start| memory.store(start, bytes))
-    }
-
-    fn fetch(&mut self, bytes: &mut [u8], remote: RegionDescriptor) -> Result<bool, Ending> {
-        self.reach(remote, Wanted::Fetch, |memory, start| memory.load(start, bytes))
+    fn reach(
+        &mut self,
+        remote: RegionDescriptor,
+        wanted: Wanted,
+        act: &mut dyn FnMut(PeerBytes<'_>),
+    ) -> Result<bool, Ending> {
+        match &self.side {
+            Side::Client(_) => return Ok(false),
+            Side::Server(reach) if reach.knows(remote.rkey()) => {}
+            // It was shared before it was named.
+            Side::Server(_) => self.look()?,
+        }
+        match &self.side {
+            Side::Server(reach) => Ok(reach.reach(remote, wanted, act)),
+            Side::Client(_) => Ok(false),
+        }
     }
 
     fn arm(&mut self, _was_empty: bool, is_stalled: bool) -> Result<Armed, Ending> {

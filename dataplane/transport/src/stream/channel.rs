@@ -10,10 +10,11 @@ use crate::channel::{
     Armed, Capabilities, Channel, ChannelError, Completion, Kind, Operation, OperationError, Registrar,
     Rejected, Setup, SubmitError,
 };
-use crate::region_table::RegionTable;
+use crate::region_table::{RegionTable, Wanted};
 use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::types::RegionDescriptor;
 use holdfast_shared::wire::service::TransportKind;
-use holdfast_verbs::memory::Buffer;
+use holdfast_verbs::memory::{Buffer, PeerBytes};
 use rustix::net::Shutdown;
 use std::collections::VecDeque;
 use std::io;
@@ -317,6 +318,24 @@ impl<W: Wire> Channel for StreamChannel<W> {
 
     fn ended(&self) -> Option<ChannelError> {
         self.end.clone()
+    }
+
+    fn reach(&mut self, remote: RegionDescriptor, wanted: Kind, act: &mut dyn FnMut(PeerBytes<'_>)) -> bool {
+        let wanted = match wanted {
+            Kind::Place => Wanted::Place,
+            Kind::Fetch => Wanted::Fetch,
+            Kind::Send | Kind::Recv => return false,
+        };
+        if self.end.is_some() {
+            return false;
+        }
+        match self.wire.reach(remote, wanted, act) {
+            Ok(reached) => reached,
+            Err(ending) => {
+                self.finish(ending);
+                false
+            }
+        }
     }
 
     fn registrar(&self) -> Arc<dyn Registrar> {

@@ -12,7 +12,7 @@ use super::fetches::Fetches;
 use super::framing::{Frame, HEADER_BYTES, Refusal};
 use super::{Ending, PIECES_MAX, Piece, Wire};
 use crate::channel::{Completion, Kind, OperationError};
-use crate::region_table::{Live, Target};
+use crate::region_table::{Live, Target, Wanted};
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_verbs::memory::Buffer;
 use std::collections::VecDeque;
@@ -171,17 +171,21 @@ impl Transmit {
     ) -> Result<Option<usize>, Ending> {
         let Some(first) = self.queue.front_mut() else { return Ok(None) };
         let Some(remote) = first.untried.take() else { return Ok(None) };
-        let done = match &first.payload {
+        let mut moved = false;
+        let reached = match &first.payload {
             Payload::Owned(owned) => {
-                wire.place(owned.buffer.get(..owned.length).unwrap_or_default(), remote)?
+                let bytes = owned.buffer.get(..owned.length).unwrap_or_default();
+                wire.reach(remote, Wanted::Place, &mut |there| moved = there.store(bytes).is_ok())?
             }
             Payload::None => match fetches.room(first.tag) {
-                Some(room) => wire.fetch(room, remote)?,
+                Some(room) => {
+                    wire.reach(remote, Wanted::Fetch, &mut |there| moved = there.load(room).is_ok())?
+                }
                 None => false,
             },
             Payload::Answer(_) => false,
         };
-        if !done {
+        if !reached || !moved {
             return Ok(None);
         }
         let length = remote.length() as usize;
@@ -304,7 +308,7 @@ fn withdrawn(frame: &Outgoing) -> Ending {
 mod tests {
     use super::*;
     use crate::channel::{Registrar, RemoteAccess};
-    use crate::region_table::{RegionTable, TableRegistrar, Wanted};
+    use crate::region_table::{RegionTable, TableRegistrar};
     use holdfast_verbs::memory::Region;
     use std::io::Read;
     use std::os::unix::net::UnixStream;

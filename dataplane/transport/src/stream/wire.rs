@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!   Transmit ── pieces ──► Wire ── rooms ──► Receive         socket.rs: a connected socket
-//!   Place, Fetch ── place, fetch ──► memory of the peer,     local/wire.rs: rings in shared memory
-//!                                    if the wire gets at it
+//!   Place, Fetch ── reach ──► memory of the peer,            local/wire.rs: rings in shared memory
+//!                             if the wire gets at it
 //! ```
 
 use super::Ending;
 use crate::channel::{Armed, Registrar};
-use crate::region_table::{RegionTable, TableRegistrar};
+use crate::region_table::{RegionTable, TableRegistrar, Wanted};
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::Region;
+use holdfast_verbs::memory::{PeerBytes, Region};
 use rustix::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -76,15 +76,15 @@ pub(crate) trait Wire: Send + Sized {
         Err(Ending::Misbehaved("it sends a descriptor where none is taken"))
     }
 
-    /// Writes the bytes to where `remote` is, if the wire gets at it and it is allowed; else false, and the peer is to be told.
-    fn place(&mut self, bytes: &[u8], remote: RegionDescriptor) -> Result<bool, Ending> {
-        let _ = (bytes, remote);
-        Ok(false)
-    }
-
-    /// Reads what is at `remote` into the bytes, likewise.
-    fn fetch(&mut self, bytes: &mut [u8], remote: RegionDescriptor) -> Result<bool, Ending> {
-        let _ = (bytes, remote);
+    /// Gives `act` the peer's memory that `remote` names, if the wire gets at it and it is allowed; else false, and the peer is to be
+    /// asked.
+    fn reach(
+        &mut self,
+        remote: RegionDescriptor,
+        wanted: Wanted,
+        act: &mut dyn FnMut(PeerBytes<'_>),
+    ) -> Result<bool, Ending> {
+        let _ = (remote, wanted, act);
         Ok(false)
     }
 

@@ -34,7 +34,7 @@ pub use io::{
 };
 pub use mapping::Memory;
 pub use nowait::{IN_MEMORY, Nowait, pread_nowait, pwrite_nowait};
-pub use peer::PeerRegion;
+pub use peer::{PeerBytes, PeerRegion};
 pub use pool::{Buffer, Pool};
 pub use region::{Region, SharedWord};
 pub use word::MappedWord;

@@ -3,6 +3,7 @@
 //! ```text
 //!   a buffer's bytes ──process_vm_writev──►  PeerRegion: a shared mapping of the other      ◄──► its own mapping, a Region
 //!   a buffer's room  ◄──process_vm_readv───  process's memory file; an address, no accessor
+//!   a file           ◄──preadv, pwritev───►
 //! ```
 //!
 //! The other process may do with its memory what it wants, at any moment: write it, make holes in it, let there be no memory for what is
@@ -10,13 +11,13 @@
 //! have got a signal that ends the process.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::memfd::sealed_len;
-use super::nowait::once;
+use super::nowait::{Nowait, file_offset, nowait_result, once};
 use super::{OutOfRange, span};
 use crate::gauges::MAPPED_BYTES;
 
@@ -49,8 +50,9 @@ impl PeerRegion {
             let tried = super::Region::shareable(1).and_then(|region| {
                 let file = region.file().ok_or(io::ErrorKind::Unsupported)?;
                 let mapped = Self::map(file, 1)?;
-                mapped.store(0, b"x")?;
-                mapped.load(0, &mut [0])
+                let bytes = mapped.bytes(0, 1)?;
+                bytes.store(b"x")?;
+                bytes.load(&mut [0])
             });
             tried.is_ok()
         })
@@ -62,28 +64,59 @@ impl PeerRegion {
         self.map.len()
     }
 
-    /// Copies `data` to the bytes from `offset` on. After an error some may have been copied.
+    /// Some of its bytes, to be moved.
     ///
     /// # Errors
-    /// `InvalidInput` for bytes outside; the kernel's.
-    pub fn store(&self, offset: usize, data: &[u8]) -> io::Result<()> {
-        let there = self.iovec(offset, data.len())?;
+    /// If they do not lie inside.
+    pub fn bytes(&self, offset: usize, len: usize) -> Result<PeerBytes<'_>, OutOfRange> {
+        let range = span(offset, len, self.len())?;
+        Ok(PeerBytes { region: self, start: range.start, len })
+    }
+}
+
+/// Bytes of a [`PeerRegion`]. Each call moves the kernel to copy; after an error some may have been copied.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerBytes<'a> {
+    region: &'a PeerRegion,
+    /// Together within the region.
+    start: usize,
+    len: usize,
+}
+
+impl PeerBytes<'_> {
+    /// How many they are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies `data`, which is not longer, to their beginning.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is longer; the kernel's.
+    pub fn store(&self, data: &[u8]) -> io::Result<()> {
+        let there = libc::iovec { iov_len: data.len(), ..self.iovec(0)? };
+        span(0, data.len(), self.len)?;
         let here = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
         // SAFETY: `here` names the bytes of `data`, borrowed for the call and only read; `there` lies within the mapping, which lives
-        // as long as self, and of which no reference exists: nothing but such calls reaches it in this process.
+        // as long as the region, and of which no reference exists: nothing but such calls reaches it in this process.
         let copied = once(|| unsafe {
             libc::process_vm_writev(libc::getpid(), &raw const here, 1, &raw const there, 1, 0)
         })?;
         whole(copied, data.len())
     }
 
-    /// Copies the bytes from `offset` on to `data`, filling it. They may be torn if the other process writes them. After an
-    /// error some may have been copied.
+    /// Copies their beginning to `data`, filling it; it is not longer. The bytes may be torn if the other process writes them.
     ///
     /// # Errors
-    /// As [`PeerRegion::store`].
-    pub fn load(&self, offset: usize, data: &mut [u8]) -> io::Result<()> {
-        let there = self.iovec(offset, data.len())?;
+    /// As [`PeerBytes::store`].
+    pub fn load(&self, data: &mut [u8]) -> io::Result<()> {
+        let there = libc::iovec { iov_len: data.len(), ..self.iovec(0)? };
+        span(0, data.len(), self.len)?;
         let here = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
         // SAFETY: `here` names the bytes of `data`, exclusively borrowed for the call; `there` as in `store`.
         let copied = once(|| unsafe {
@@ -92,11 +125,56 @@ impl PeerRegion {
         whole(copied, data.len())
     }
 
-    fn iovec(&self, offset: usize, count: usize) -> Result<libc::iovec, OutOfRange> {
-        let range = span(offset, count, self.len())?;
+    /// Reads from `file` at `at` into those from `done` on, as `pread`. Returns how many bytes came; 0 is the end of the file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn read_file(&self, file: BorrowedFd<'_>, at: u64, done: usize) -> io::Result<usize> {
+        let (iov, offset) = (self.iovec(done)?, file_offset(at)?);
+        // SAFETY: as in `store`; `iov` lives across the call.
+        once(|| unsafe { libc::preadv(file.as_raw_fd(), &raw const iov, 1, offset) })
+    }
+
+    /// As [`PeerBytes::read_file`], but only what the page cache holds: never waits for the disk.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn read_file_nowait(&self, file: BorrowedFd<'_>, at: u64, done: usize) -> io::Result<Nowait> {
+        let (iov, offset) = (self.iovec(done)?, file_offset(at)?);
+        // SAFETY: as in `store`; `iov` lives across the call.
+        nowait_result(once(|| unsafe {
+            libc::preadv2(file.as_raw_fd(), &raw const iov, 1, offset, libc::RWF_NOWAIT)
+        }))
+    }
+
+    /// Writes those from `done` on to `file` at `at`, as `pwrite`. Returns how many were written.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn write_file(&self, file: BorrowedFd<'_>, at: u64, done: usize) -> io::Result<usize> {
+        let (iov, offset) = (self.iovec(done)?, file_offset(at)?);
+        // SAFETY: as in `store`; the kernel only reads them, and `iov` lives across the call.
+        once(|| unsafe { libc::pwritev(file.as_raw_fd(), &raw const iov, 1, offset) })
+    }
+
+    /// As [`PeerBytes::write_file`], but never waits.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn write_file_nowait(&self, file: BorrowedFd<'_>, at: u64, done: usize) -> io::Result<Nowait> {
+        let (iov, offset) = (self.iovec(done)?, file_offset(at)?);
+        // SAFETY: as in `write_file`.
+        nowait_result(once(|| unsafe {
+            libc::pwritev2(file.as_raw_fd(), &raw const iov, 1, offset, libc::RWF_NOWAIT)
+        }))
+    }
+
+    /// Address and length of those from `done` on.
+    fn iovec(&self, done: usize) -> Result<libc::iovec, OutOfRange> {
+        let len = self.len.checked_sub(done).ok_or(OutOfRange { start: done, end: done, len: self.len })?;
         // An address only: nothing is reached through it here.
-        let start = self.map.as_mut_ptr().wrapping_add(range.start);
-        Ok(libc::iovec { iov_base: start.cast(), iov_len: count })
+        let start = self.region.map.as_mut_ptr().wrapping_add(self.start + done);
+        Ok(libc::iovec { iov_base: start.cast(), iov_len: len })
     }
 }
 
@@ -121,39 +199,69 @@ impl std::fmt::Debug for PeerRegion {
 mod tests {
     use super::*;
     use crate::memory::Region;
+    use std::os::fd::AsFd;
 
     #[test]
     fn bytes_go_both_ways_and_nowhere_else() {
         let region = Region::shareable(20_000).unwrap();
         let peer = PeerRegion::map(region.file().unwrap(), 20_000).unwrap();
         assert!(PeerRegion::is_possible());
-        peer.store(4090, &[7; 100]).unwrap();
+        peer.bytes(4090, 100).unwrap().store(&[7; 100]).unwrap();
         let mut all = vec![0; 20_000];
         region.copy_out(0, &mut all).unwrap();
         assert_eq!(all.iter().filter(|byte| **byte == 7).count(), 100);
         assert_eq!((all[4089], all[4090], all[4189], all[4190]), (0, 7, 7, 0));
         region.copy_in(19_000, b"from the other side").unwrap();
         let mut there = [0; 19];
-        peer.load(19_000, &mut there).unwrap();
+        peer.bytes(19_000, 19).unwrap().load(&mut there).unwrap();
         assert_eq!(&there, b"from the other side");
         for (offset, count) in [(19_999, 2), (20_001, 0), (usize::MAX, 1)] {
-            assert!(peer.store(offset, &[1; 2][..count]).is_err());
-            assert!(peer.load(offset, &mut [0; 2][..count]).is_err());
+            assert!(peer.bytes(offset, count).is_err());
         }
-        peer.store(20_000, &[]).unwrap();
+        let last = peer.bytes(19_990, 10).unwrap();
+        assert!(last.store(&[1; 11]).is_err() && last.load(&mut [0; 11]).is_err());
+        peer.bytes(20_000, 0).unwrap().store(&[]).unwrap();
+    }
+
+    #[test]
+    fn files_are_read_and_written_in_place() {
+        let file = rustix::fs::memfd_create("peer-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::pwrite(&file, b"what is in the file", 0).unwrap();
+        let region = Region::shareable(8192).unwrap();
+        let peer = PeerRegion::map(region.file().unwrap(), 8192).unwrap();
+        let bytes = peer.bytes(4090, 30).unwrap();
+        assert_eq!(bytes.read_file(file.as_fd(), 5, 10).unwrap(), 14);
+        assert_eq!(bytes.read_file(file.as_fd(), 19, 0).unwrap(), 0, "the end");
+        let mut there = [0; 14];
+        region.copy_out(4100, &mut there).unwrap();
+        assert_eq!(&there, b"is in the file");
+        assert!(
+            bytes.read_file(file.as_fd(), 0, 31).is_err()
+                && bytes.read_file(file.as_fd(), u64::MAX, 0).is_err()
+        );
+        assert_eq!(peer.bytes(4106, 8).unwrap().write_file(file.as_fd(), 0, 0).unwrap(), 8);
+        let mut now = [0; 8];
+        rustix::io::pread(&file, &mut now, 0).unwrap();
+        assert_eq!(&now, b"the file");
+        match bytes.read_file_nowait(file.as_fd(), 0, 0).unwrap() {
+            Nowait::Done(count) => assert_eq!(count, 19),
+            other => assert_eq!(other, Nowait::Unsupported),
+        }
+        assert_ne!(bytes.write_file_nowait(file.as_fd(), 0, 0).unwrap(), Nowait::Done(0));
     }
 
     #[test]
     fn a_hole_that_the_owner_makes_is_no_trouble() {
         let region = Region::shareable(3 * 4096).unwrap();
         let peer = PeerRegion::map(region.file().unwrap(), 3 * 4096).unwrap();
-        peer.store(0, &[9; 3 * 4096]).unwrap();
+        let all = peer.bytes(0, 3 * 4096).unwrap();
+        all.store(&[9; 3 * 4096]).unwrap();
         let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(region.file().unwrap(), punch, 4096, 4096).unwrap();
         let mut bytes = [1; 3 * 4096];
-        peer.load(0, &mut bytes).unwrap();
+        all.load(&mut bytes).unwrap();
         assert_eq!((bytes[4095], bytes[4096], bytes[8191], bytes[8192]), (9, 0, 0, 9));
-        peer.store(5000, &[3; 10]).unwrap();
+        all.store(&[3; 10]).unwrap();
     }
 
     #[test]
@@ -162,7 +270,6 @@ mod tests {
         assert!(PeerRegion::map(region.file().unwrap(), 0).is_err());
         assert!(PeerRegion::map(region.file().unwrap(), 5001).is_err());
         let (reader, _writer) = rustix::pipe::pipe().unwrap();
-        use std::os::fd::AsFd;
         assert_eq!(PeerRegion::map(reader.as_fd(), 1).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 }

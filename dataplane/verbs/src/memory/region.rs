@@ -65,6 +65,11 @@ impl Region {
         self.file.as_ref().map(AsFd::as_fd)
     }
 
+    /// The same memory without its file, which is closed when nobody else has it: it can't be given to another process any more.
+    pub fn without_file(&self) -> Arc<Self> {
+        Arc::new(Self { memory: Arc::clone(&self.memory), file: None })
+    }
+
     /// True if nobody who has its file can change more of it than the bytes that they have mapped: no page can be taken away
     /// under who touches it. So it is when the one it was given to has adopted it.
     ///
