@@ -30,6 +30,9 @@ pub struct RegionMemory {
 /// once and use them again. (A first registration with an RDMA device pins the pages; that takes milliseconds for many
 /// megabytes.) A registration with a channel that has ended is of no use to anybody, but keeps the pages pinned until
 /// the region is registered with another channel, or dropped. Its bytes are never a slice: a peer may change them at any moment.
+///
+/// With a server on this host, make regions after the first channel to it: what was made before the process had one can't be given to
+/// the server, whose bytes then are copied twice more.
 #[derive(Clone)]
 pub struct Region {
     inner: Arc<Inner>,

@@ -76,11 +76,13 @@ pub(super) struct Look {
     budget: Duration,
     begun: Instant,
     over: bool,
+    /// It was not in vain.
+    found: bool,
 }
 
 impl Look {
     pub(super) fn new(budget: Duration) -> Self {
-        Self { budget, begun: Instant::now(), over: false }
+        Self { budget, begun: Instant::now(), over: false, found: false }
     }
 
     /// True until it was taken: the transport may not be armed.
@@ -97,9 +99,17 @@ impl Look {
             let mut state = channel.state.lock();
             state.collect(&channel.credits);
             if state.slot(number).is_none_or(|slot| slot.outcome.is_some()) && !state.wants_drain() {
+                self.found = true;
                 return;
             }
-            let late = round % CLOCK == 0 && self.begun.elapsed() > self.budget;
+            let mut late = false;
+            if round % CLOCK == 0 {
+                let took = self.begun.elapsed();
+                late = took > self.budget;
+                if late {
+                    state.prompt.spin.has_stalled(took);
+                }
+            }
             if late || state.wants_drain() {
                 return state.drain(&channel.credits);
             }
@@ -114,7 +124,10 @@ impl Look {
 
     /// The answer was collected.
     pub(super) fn ended(&self, state: &mut State) {
-        state.prompt.spin.ended(self.begun.elapsed());
+        let (spin, took) = (&mut state.prompt.spin, self.begun.elapsed());
+        if !(self.found && spin.has_stalled(took)) {
+            spin.ended(took);
+        }
     }
 }
 

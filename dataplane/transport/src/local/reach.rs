@@ -21,20 +21,35 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of all channels of a listener that may be mapped at once.
+/// Mappings of all channels of a listener together: the kernel has a limit for each process (65530, unless it was changed), and other uses
+/// for them.
+const MAPPINGS_MAX: u64 = 16_384;
+
+/// What all channels of a listener may have mapped at once.
 pub(super) struct Budget {
     bytes_max: u64,
     bytes: AtomicU64,
+    mappings: AtomicU64,
 }
 
 impl Budget {
     pub(super) fn new(bytes_max: u64) -> Arc<Self> {
-        Arc::new(Self { bytes_max, bytes: AtomicU64::new(0) })
+        Arc::new(Self { bytes_max, bytes: AtomicU64::new(0), mappings: AtomicU64::new(0) })
     }
 
+    /// Room for one mapping more.
     fn take(self: &Arc<Self>, bytes: u64) -> Option<Taken> {
-        let more = |old: u64| old.checked_add(bytes).filter(|new| *new <= self.bytes_max);
-        self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        let add = |count: &AtomicU64, more: u64, max: u64| {
+            let grown = |old: u64| old.checked_add(more).filter(|new| *new <= max);
+            count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grown).is_ok()
+        };
+        if !add(&self.mappings, 1, MAPPINGS_MAX) {
+            return None;
+        }
+        if !add(&self.bytes, bytes, self.bytes_max) {
+            self.mappings.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
         Some(Taken { budget: Arc::clone(self), bytes })
     }
 }
@@ -48,6 +63,7 @@ struct Taken {
 impl Drop for Taken {
     fn drop(&mut self) {
         self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.mappings.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -151,5 +167,24 @@ impl Reach {
         let Some(_user) = enter(&mapped.word, remote.rkey()) else { return false };
         act(bytes);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_of_bytes_and_of_mappings_is_kept_and_given_back() {
+        let budget = Budget::new(100_000);
+        let half = budget.take(50_000).unwrap();
+        assert!(budget.take(50_001).is_none());
+        let rest = budget.take(50_000).unwrap();
+        assert!(budget.take(1).is_none());
+        drop((half, rest));
+        let all: Vec<Taken> = std::iter::from_fn(|| budget.take(1)).collect();
+        assert_eq!(all.len() as u64, MAPPINGS_MAX);
+        drop(all);
+        assert!(budget.take(u64::MAX).is_none() && budget.take(100_000).is_some());
     }
 }

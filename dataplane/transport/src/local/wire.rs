@@ -30,6 +30,8 @@ use std::sync::Arc;
 /// Receives that find nothing, after which the socket is looked at: that the peer has gone is told there alone, and one that is looked
 /// for all the time is never armed.
 const LOOK_ROUNDS: u32 = 256;
+/// Batches of notes that one look takes: a peer has fewer regions to share.
+const LOOKS_MAX: usize = 16;
 /// Descriptors that may wait for their messages.
 const DESCRIPTORS_MAX: usize = 256;
 
@@ -93,12 +95,16 @@ impl LocalWire {
         })
     }
 
-    /// Takes all notes there are.
-    fn look(&mut self) -> Result<(), Ending> {
+    /// Takes the notes that have come. True if there may be more: a peer that sends them without end does not keep its owner from
+    /// other channels.
+    fn look(&mut self) -> Result<bool, Ending> {
         self.rounds = 0;
-        while !self.gone {
+        for _ in 0..LOOKS_MAX {
+            if self.gone {
+                return Ok(false);
+            }
             match self.inbox.look((*self.socket).as_fd()).map_err(Ending::Io)? {
-                Found::Nothing => break,
+                Found::Nothing => return Ok(false),
                 Found::Gone => self.gone = true,
                 Found::Notes => {
                     while let Some(note) = self.inbox.next() {
@@ -108,7 +114,7 @@ impl LocalWire {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn noted(&mut self, note: Note, descriptor: Option<OwnedFd>) -> Result<(), Ending> {
@@ -251,7 +257,9 @@ impl Wire for LocalWire {
             Side::Client(_) => return Ok(false),
             Side::Server(reach) if reach.knows(remote.rkey()) => {}
             // It was shared before it was named.
-            Side::Server(_) => self.look()?,
+            Side::Server(_) => {
+                self.look()?;
+            }
         }
         match &self.side {
             Side::Server(reach) => Ok(reach.reach(remote, wanted, act)),
@@ -262,10 +270,10 @@ impl Wire for LocalWire {
     fn arm(&mut self, _was_empty: bool, is_stalled: bool) -> Result<Armed, Ending> {
         let waited = self.area.is_none();
         // Here, too, edges go by that came while the owner was awake.
-        self.look()?;
-        if self.gone || waited != self.area.is_none() {
+        let more = self.look()?;
+        if more || self.gone || waited != self.area.is_none() {
             // What a stalled one still has to read comes first: then the end is told.
-            return Ok(if is_stalled && self.gone { Armed::Idle } else { Armed::Pending });
+            return Ok(if is_stalled && self.gone && !more { Armed::Idle } else { Armed::Pending });
         }
         let Some(area) = &mut self.area else { return Ok(Armed::Idle) };
         if !is_stalled {
