@@ -16,7 +16,7 @@
 
 use super::Shared;
 use super::state::State;
-use holdfast_transport::Spin;
+use holdfast_transport::{Capabilities, Spin};
 use std::time::{Duration, Instant};
 
 /// Longest look.
@@ -32,6 +32,8 @@ pub(super) const WATCH: Duration = Duration::from_millis(4);
 pub(super) struct Prompt {
     /// The transport can be polled cheaply.
     cheap: bool,
+    /// Who looks is to give way now and then.
+    gives_way: bool,
     spin: Spin,
     /// Requests in a row that had the channel to themselves.
     alone: u32,
@@ -42,8 +44,9 @@ pub(super) struct Prompt {
 }
 
 impl Prompt {
-    pub(super) fn new(cheap: bool) -> Self {
-        Self { cheap, spin: Spin::new(LOOK_MAX), alone: 0, watched: false, used: false }
+    pub(super) fn new(can: Capabilities) -> Self {
+        let (cheap, gives_way) = (can.cheap_poll, can.gives_way);
+        Self { cheap, gives_way, spin: Spin::new(LOOK_MAX), alone: 0, watched: false, used: false }
     }
 
     /// A request was sent. Tells how long its answer may be looked for, if its caller does that.
@@ -113,8 +116,9 @@ impl Look {
             if late || state.wants_drain() {
                 return state.drain(&channel.credits);
             }
+            let gives_way = state.prompt.gives_way;
             drop(state);
-            if round % CLOCK == 0 {
+            if gives_way && round % CLOCK == 0 {
                 // What is waited for may need this processor: soft-RoCE works in kernel threads.
                 std::thread::yield_now();
             }

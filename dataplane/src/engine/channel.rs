@@ -152,6 +152,7 @@ pub(crate) struct Conn {
     /// The peer's memory may be reached without operations.
     pub(super) straight: bool,
     cheap: bool,
+    gives_way: bool,
     /// Of its device, where that can place from files.
     pub(super) pinner: Option<Pinner>,
     /// Places from files done.
@@ -211,6 +212,7 @@ impl Conn {
             depth: capabilities.depth.min(2 * credits + RESERVE),
             transfer_max: capabilities.transfer_bytes_max,
             cheap: capabilities.cheap_poll,
+            gives_way: capabilities.gives_way,
             straight,
             pinner,
             placed: Vec::new(),
@@ -272,6 +274,11 @@ impl Conn {
 
     pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.transport.wake_fd()
+    }
+
+    /// Who looks for its work is to give way now and then.
+    pub(crate) fn gives_way(&self) -> bool {
+        self.gives_way
     }
 
     /// True if polling it in vain makes no system call.

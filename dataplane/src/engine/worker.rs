@@ -150,7 +150,7 @@ impl Worker {
             }
             idle += 1;
             if idle <= self.cx.settings.engine.spin_rounds || self.may_look(idle, &mut looking) {
-                if idle % YIELD_ROUNDS == 0 {
+                if idle % YIELD_ROUNDS == 0 && self.gives_way() {
                     std::thread::yield_now();
                 }
                 std::hint::spin_loop();
@@ -167,6 +167,12 @@ impl Worker {
                 self.cx.now = Instant::now();
             }
         }
+    }
+
+    /// True if others may have to run on this processor for there to be work.
+    fn gives_way(&self) -> bool {
+        self.hot.is_empty()
+            || self.hot.iter().any(|index| self.conns.get(*index).is_some_and(Conn::gives_way))
     }
 
     /// True as long as looking for work is worth more than sleeping.

@@ -160,6 +160,9 @@ pub struct Capabilities {
     pub zero_copy: bool,
     /// True if a `poll` that finds nothing makes no system call: looking for a while is then cheaper than sleeping.
     pub cheap_poll: bool,
+    /// True if who looks should give way to others now and then: what is waited for may need this very processor, as of a device in
+    /// software. Where it does not, giving way costs milliseconds when others compute.
+    pub gives_way: bool,
 }
 
 /// The answer of [`Channel::arm`].

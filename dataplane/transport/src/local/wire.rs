@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 /// Receives that find nothing, after which the socket is looked at: that the peer has gone is told there alone, and one that is looked
 /// for all the time is never armed.
-const LOOK_ROUNDS: u32 = 256;
+const LOOK_ROUNDS: u32 = 64;
 /// Batches of notes that one look takes: a peer has fewer regions to share.
 const LOOKS_MAX: usize = 16;
 /// Descriptors that may wait for their messages.

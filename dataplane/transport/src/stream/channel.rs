@@ -52,6 +52,8 @@ impl<W: Wire> StreamChannel<W> {
             depth: setup.depth,
             zero_copy: false,
             cheap_poll: W::IS_CHEAP,
+            // The peer is a process, which the kernel wakes; it runs elsewhere, or looking does not pay off.
+            gives_way: !W::IS_CHEAP,
         };
         let mut admission = Admission::new(&setup, capabilities)?;
         let (operations, receives) = (admission.operations_reserve(), admission.receives_reserve());
