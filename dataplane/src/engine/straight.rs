@@ -83,9 +83,11 @@ impl Conn {
 
     /// The file, if the transport may get at the client's memory and the bytes go as they are: without a digest, and not sealed.
     fn may_go_straight(&self, request: &Request) -> Option<Arc<dyn FileIo>> {
+        if !self.straight || request.roundabout {
+            return None;
+        }
         let binding = self.bindings.get(request.binding?)?;
-        let may = self.straight && !request.roundabout && !binding.policy.covers_payload();
-        binding.file.as_ref().filter(|_| may).map(Arc::clone)
+        binding.file.as_ref().filter(|_| !binding.policy.covers_payload()).map(Arc::clone)
     }
 }
 
