@@ -4,7 +4,7 @@
 //! ```text
 //!   direct       pread of the file, opened here                    into the same region
 //!   descriptor   Binding::read_at, through the open's descriptor   (local_descriptors = true, open for reading)
-//!   socket       Binding::read_at, over the Unix socket            (open for reading and writing)
+//!   socket       Binding::read_at, over the local channel: shared memory, and a socket for who sleeps (open for reading and writing)
 //! ```
 //!
 //! The three take turns, `--rounds` times (default 15) for `--ms` each (default 200), each going on in the file. Told are the medians,
@@ -96,10 +96,11 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let config = Config::load(&server.config()).expect("client.toml");
     let file = std::fs::File::open(server.config().with_file_name("data").join("bench")).expect("the file");
-    let region = Region::allocate(1 << 20).expect("memory");
     runtime.block_on(async {
         let descriptor = bound(&config, &OpenOptions::read()).await;
         let socket = bound(&config, &OpenOptions::read_write()).await;
+        // Only now: made before, it could not be given to the server.
+        let region = Region::allocate(1 << 20).expect("memory");
         let warmed = descriptor.read_at(&region, 0..4096, 0).await.expect("a read");
         assert_eq!(warmed, 4096);
         for (label, size) in [("4 KiB", 4096), ("1 MiB", 1 << 20)] {

@@ -2,7 +2,7 @@
 
 use crate::channel::Shared;
 use crate::error::{Error, Result};
-use holdfast_transport::{Registration, RemoteAccess};
+use holdfast_transport::{Registration, RemoteAccess, local};
 use holdfast_verbs::memory;
 use parking_lot::Mutex;
 use std::ops::Range;
@@ -30,6 +30,9 @@ pub struct RegionMemory {
 /// once and use them again. (A first registration with an RDMA device pins the pages; that takes milliseconds for many
 /// megabytes.) A registration with a channel that has ended is of no use to anybody, but keeps the pages pinned until
 /// the region is registered with another channel, or dropped. Its bytes are never a slice: a peer may change them at any moment.
+///
+/// With a server on this host, make regions after the first channel to it: what was made before the process had one can't be given to
+/// the server, whose bytes then are copied twice more.
 #[derive(Clone)]
 pub struct Region {
     inner: Arc<Inner>,
@@ -56,7 +59,11 @@ impl Region {
         if length == 0 || u32::try_from(length).is_err() {
             return Err(Error::Usage(format!("a region has 1 to {} bytes, not {length}", u32::MAX)));
         }
-        let memory = memory::Region::new(length)
+        // Only a server on this host can be given memory, and memory files are slower to pin for a device. Without one (as of too many
+        // open files) it is served all the same.
+        let shareable = local::in_use().then(|| memory::Region::shareable(length).ok()).flatten();
+        let memory = shareable
+            .map_or_else(|| memory::Region::new(length), Ok)
             .map_err(|error| Error::io(format!("cannot allocate a region of {length} bytes"), error))?;
         let living = LIVING.fetch_add(memory.len() as u64, Ordering::Relaxed) + memory.len() as u64;
         LIVING_MAX.fetch_max(living, Ordering::Relaxed);

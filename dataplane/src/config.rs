@@ -13,9 +13,10 @@
 //! addresses = []                  # empty: every IPv4 GID of every RDMA device
 //!
 //! [local]
-//! enabled = true                  # a Unix socket for clients on this host
+//! enabled = true                  # a Unix socket, and shared memory, for clients on this host
 //! listen = "state/local.sock"     # default: beside the link socket; at most 107 bytes with its directory
 //! mode = "0666"                   # who may connect; each proves a resume key all the same
+//! shared_bytes_max = 4294967296   # of all clients' regions, mapped at once; a quarter of it for one channel
 //!
 //! [engine]                        # see [`EngineConfig`]
 //! [limits]                        # see [`Limits`]
@@ -115,11 +116,14 @@ pub struct LocalConfig {
     pub listen: Option<PathBuf>,
     /// Its permissions, octal. Default `0666`: whoever connects has still to prove a resume key.
     pub mode: Mode,
+    /// Bytes of all clients' regions that may be mapped at once, and a quarter of them for one channel; what is beyond is copied
+    /// more often. Default 4 GiB; 0: none.
+    pub shared_bytes_max: u64,
 }
 
 impl Default for LocalConfig {
     fn default() -> Self {
-        Self { enabled: true, listen: None, mode: Mode(0o666) }
+        Self { enabled: true, listen: None, mode: Mode(0o666), shared_bytes_max: 4 << 30 }
     }
 }
 

@@ -11,6 +11,7 @@
 //! | `reads_pinned_total` | reads that were placed from them |
 //! | `file_rings`, `file_rings_registered` | workers with io_uring; those whose buffers are registered with it, from their first direct operation on |
 //! | `reads_direct_total`, `writes_direct_total` | pieces of reads that went past the page cache through io_uring, and of writes that did so by storage threads |
+//! | `pieces_straight_total` | pieces of reads and writes that went between a file and the memory of a client on this host, without a buffer |
 //! | `requests_in_flight` | reads, writes and flushes taken and not answered |
 //! | `bytes_read_total`, `bytes_written_total` | bytes of answered reads and writes |
 //! | `held_back_total` | bindings told to a control that came after the one that granted them, each time |
@@ -76,6 +77,7 @@ pub struct Gauges {
     pub file_rings_registered: Count,
     pub reads_direct_total: Count,
     pub writes_direct_total: Count,
+    pub pieces_straight_total: Count,
     pub requests_in_flight: Count,
     pub bytes_read_total: Count,
     pub bytes_written_total: Count,
@@ -123,6 +125,7 @@ impl Gauges {
         put("file_rings_registered", self.file_rings_registered.read());
         put("reads_direct_total", self.reads_direct_total.read());
         put("writes_direct_total", self.writes_direct_total.read());
+        put("pieces_straight_total", self.pieces_straight_total.read());
         put("requests_in_flight", self.requests_in_flight.read());
         put("bytes_read_total", self.bytes_read_total.read());
         put("bytes_written_total", self.bytes_written_total.read());

@@ -84,7 +84,8 @@ impl Listeners {
             path.to_str().is_some(),
             "its path is not UTF-8, and clients could not be told of it"
         );
-        let listener = local::LocalListener::bind(&path, config.local.mode.0)?;
+        let listener = local::LocalListener::bind(&path, config.local.mode.0)?
+            .with_shared_bytes_max(config.local.shared_bytes_max);
         self.boot_id = Some(std::fs::read_to_string(BOOT_ID).context("no boot id")?.trim().to_owned());
         self.local = Some(path);
         self.waiting.push(Box::new(listener));

@@ -299,12 +299,14 @@ port = {port}
 addresses = []
 
 [local]
-# Data channels over a Unix socket, for clients on this host. Those of other users must be able to reach its directory.
+# Data channels over a Unix socket and shared memory, for clients on this host. Those of other users must be able to reach its directory.
 # Default: local.sock beside the link socket.
 #enabled = true
 #listen = \"state/local.sock\"
 # Who may connect, as permissions of the socket; each proves a resume key all the same.
 #mode = \"0666\"
+# Bytes of clients' regions that may be mapped at once, a quarter of them for one channel. What is beyond is copied more often.
+#shared_bytes_max = 4294967296
 {DATAPLANE_TUNING}",
         quoted(&SocketAddr::new(address, port).to_string())
     )

@@ -16,7 +16,7 @@
 
 use super::Shared;
 use super::state::State;
-use holdfast_transport::Spin;
+use holdfast_transport::{Capabilities, Spin};
 use std::time::{Duration, Instant};
 
 /// Longest look.
@@ -32,6 +32,8 @@ pub(super) const WATCH: Duration = Duration::from_millis(4);
 pub(super) struct Prompt {
     /// The transport can be polled cheaply.
     cheap: bool,
+    /// Who looks is to give way now and then.
+    gives_way: bool,
     spin: Spin,
     /// Requests in a row that had the channel to themselves.
     alone: u32,
@@ -42,8 +44,9 @@ pub(super) struct Prompt {
 }
 
 impl Prompt {
-    pub(super) fn new(cheap: bool) -> Self {
-        Self { cheap, spin: Spin::new(LOOK_MAX), alone: 0, watched: false, used: false }
+    pub(super) fn new(can: Capabilities) -> Self {
+        let (cheap, gives_way) = (can.cheap_poll, can.gives_way);
+        Self { cheap, gives_way, spin: Spin::new(LOOK_MAX), alone: 0, watched: false, used: false }
     }
 
     /// A request was sent. Tells how long its answer may be looked for, if its caller does that.
@@ -76,11 +79,13 @@ pub(super) struct Look {
     budget: Duration,
     begun: Instant,
     over: bool,
+    /// It was not in vain.
+    found: bool,
 }
 
 impl Look {
     pub(super) fn new(budget: Duration) -> Self {
-        Self { budget, begun: Instant::now(), over: false }
+        Self { budget, begun: Instant::now(), over: false, found: false }
     }
 
     /// True until it was taken: the transport may not be armed.
@@ -97,14 +102,23 @@ impl Look {
             let mut state = channel.state.lock();
             state.collect(&channel.credits);
             if state.slot(number).is_none_or(|slot| slot.outcome.is_some()) && !state.wants_drain() {
+                self.found = true;
                 return;
             }
-            let late = round % CLOCK == 0 && self.begun.elapsed() > self.budget;
+            let mut late = false;
+            if round % CLOCK == 0 {
+                let took = self.begun.elapsed();
+                late = took > self.budget;
+                if late {
+                    state.prompt.spin.has_stalled(took);
+                }
+            }
             if late || state.wants_drain() {
                 return state.drain(&channel.credits);
             }
+            let gives_way = state.prompt.gives_way;
             drop(state);
-            if round % CLOCK == 0 {
+            if gives_way && round % CLOCK == 0 {
                 // What is waited for may need this processor: soft-RoCE works in kernel threads.
                 std::thread::yield_now();
             }
@@ -114,7 +128,10 @@ impl Look {
 
     /// The answer was collected.
     pub(super) fn ended(&self, state: &mut State) {
-        state.prompt.spin.ended(self.begun.elapsed());
+        let (spin, took) = (&mut state.prompt.spin, self.begun.elapsed());
+        if !(self.found && spin.has_stalled(took)) {
+            spin.ended(took);
+        }
     }
 }
 

@@ -71,7 +71,7 @@ pub(crate) struct State {
 
 impl State {
     pub(super) fn new(channel: Box<dyn Channel>, frames: Pool, credits_max: usize) -> Self {
-        let prompt = Prompt::new(channel.capabilities().cheap_poll);
+        let prompt = Prompt::new(channel.capabilities());
         Self {
             channel,
             frames,

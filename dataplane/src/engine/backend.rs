@@ -12,7 +12,7 @@
 use super::direct::DirectIo;
 use super::pinned::{FileId, Stamp};
 use holdfast_shared::types::Status;
-use holdfast_verbs::memory::{IN_MEMORY, Nowait, pread_nowait, pwrite_nowait};
+use holdfast_verbs::memory::{IN_MEMORY, Nowait, PeerBytes, pread_nowait, pwrite_nowait};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -30,6 +30,22 @@ pub trait FileIo: Send + Sync {
     /// # Errors
     /// The kernel's.
     fn write_now(&self, data: &[u8], at: u64) -> io::Result<Nowait>;
+    /// Reads what needs no waiting into those bytes from `done` on.
+    ///
+    /// # Errors
+    /// The kernel's: of the file, or of memory that can't be reached.
+    fn read_into_now(&self, to: PeerBytes<'_>, done: usize, at: u64) -> io::Result<Nowait> {
+        let _ = (to, done, at);
+        Ok(Nowait::Unsupported)
+    }
+    /// Writes what needs no waiting from those bytes from `done` on.
+    ///
+    /// # Errors
+    /// The kernel's: of the file, or of memory that can't be reached.
+    fn write_from_now(&self, from: PeerBytes<'_>, done: usize, at: u64) -> io::Result<Nowait> {
+        let _ = (from, done, at);
+        Ok(Nowait::Unsupported)
+    }
     /// Reads; may wait.
     ///
     /// # Errors
@@ -135,6 +151,26 @@ impl FileIo for KernelFile {
             return Ok(Nowait::Unsupported);
         }
         remember(&self.write_now, pwrite_nowait(self.fd.as_fd(), data, at))
+    }
+
+    fn read_into_now(&self, to: PeerBytes<'_>, done: usize, at: u64) -> io::Result<Nowait> {
+        if self.in_memory {
+            return to.read_file(self.fd.as_fd(), at, done).map(Nowait::Done);
+        }
+        if self.direct.is_some() || !self.read_now.load(Ordering::Relaxed) {
+            return Ok(Nowait::Unsupported);
+        }
+        remember(&self.read_now, to.read_file_nowait(self.fd.as_fd(), at, done))
+    }
+
+    fn write_from_now(&self, from: PeerBytes<'_>, done: usize, at: u64) -> io::Result<Nowait> {
+        if self.in_memory {
+            return from.write_file(self.fd.as_fd(), at, done).map(Nowait::Done);
+        }
+        if self.direct.is_some() || !self.write_now.load(Ordering::Relaxed) {
+            return Ok(Nowait::Unsupported);
+        }
+        remember(&self.write_now, from.write_file_nowait(self.fd.as_fd(), at, done))
     }
 
     fn read(&self, data: &mut [u8], at: u64) -> io::Result<usize> {

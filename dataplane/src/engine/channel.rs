@@ -30,6 +30,7 @@ use crate::gauges::Gauges;
 use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use holdfast_shared::types::Status;
+use holdfast_shared::wire::service::TransportKind;
 use holdfast_transport::verbs::Pinner;
 use holdfast_transport::{Armed, Channel, Completion, Kind, Operation, OperationError, Placed, Rejected};
 use holdfast_verbs::memory::{Buffer, Pool};
@@ -148,7 +149,10 @@ pub(crate) struct Conn {
     pub(super) depth: usize,
     /// Longest Place or Fetch the transport does.
     pub(super) transfer_max: usize,
+    /// The peer's memory may be reached without operations.
+    pub(super) straight: bool,
     cheap: bool,
+    gives_way: bool,
     /// Of its device, where that can place from files.
     pub(super) pinner: Option<Pinner>,
     /// Places from files done.
@@ -177,6 +181,7 @@ impl Conn {
         let capabilities = transport.capabilities();
         let peer = transport.peer();
         let pinner = if cx.pinned.is_some() { transport.pinner() } else { None };
+        let straight = transport.identity().transport == TransportKind::Local;
         let mut conn = Self {
             key,
             transport,
@@ -207,6 +212,8 @@ impl Conn {
             depth: capabilities.depth.min(2 * credits + RESERVE),
             transfer_max: capabilities.transfer_bytes_max,
             cheap: capabilities.cheap_poll,
+            gives_way: capabilities.gives_way,
+            straight,
             pinner,
             placed: Vec::new(),
             pinned_begun: 0,
@@ -267,6 +274,11 @@ impl Conn {
 
     pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.transport.wake_fd()
+    }
+
+    /// Who looks for its work is to give way now and then.
+    pub(crate) fn gives_way(&self) -> bool {
+        self.gives_way
     }
 
     /// True if polling it in vain makes no system call.

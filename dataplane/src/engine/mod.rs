@@ -57,6 +57,7 @@ mod request;
 mod restrict;
 mod ring;
 mod storage;
+mod straight;
 mod transfer;
 mod worker;
 

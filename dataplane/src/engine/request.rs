@@ -59,6 +59,8 @@ pub(crate) struct Request {
     pub(super) next: u32,
     /// Whether its bytes are pinned was looked at.
     pub(super) looked: bool,
+    /// Its bytes go through a buffer: going without was tried in vain.
+    pub(super) roundabout: bool,
     /// The read met the end of the file.
     pub(super) at_end: bool,
     pub(super) fetches: u16,
@@ -118,6 +120,7 @@ impl Request {
             asked: 0,
             next: 0,
             looked: false,
+            roundabout: false,
             at_end: false,
             fetches: 0,
             storage: 0,
@@ -295,7 +298,7 @@ impl Conn {
                     None => return Step::Next,
                 },
                 Ask::Write if !request.payload.is_empty() => self.step_inline(cx, slot, &mut request, bytes),
-                Ask::Write => self.step_write(cx, slot, &mut request),
+                Ask::Write => self.step_write(cx, slot, &mut request, bytes),
                 Ask::Flush { data_only } => {
                     request.parked = true;
                     self.hand_over(cx, slot, &mut request, Work::Flush { data_only }, None, 0..0, 0, 0);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  read:   [ buffer ─► page cache or storage ─► Place ]… one after another ─► reply, right behind the last Place
-//!  long read of pinned pages: see `place`
+//!  long read of pinned pages: see `place`; client on this host: see `straight`
 //!  write:  [ buffer ─► Fetch ─► page cache or storage ]… several at once ───► reply
 //!  inline: message buffer ─► page cache or storage ─────────────────────────► reply
 //! ```
@@ -58,6 +58,11 @@ impl Conn {
         // A piece is read only when it can be placed and the reply sent right behind it.
         if !self.room(2) || !self.can_reply() {
             return Some(Step::NoRoom);
+        }
+        if request.filled.is_empty() {
+            if let Some(step) = self.read_straight(cx, slot, request, bytes) {
+                return step;
+            }
         }
         let (buffer, count) = match request.filled.take(request.next) {
             Some(Piece { buffer, count, is_last, .. }) => {
@@ -257,11 +262,20 @@ impl Conn {
     }
 
     /// A write whose bytes are in the client's region: begins fetches, and answers when all is done.
-    pub(super) fn step_write(&mut self, cx: &mut Cx, slot: u16, request: &mut Request) -> Step {
+    pub(super) fn step_write(
+        &mut self,
+        cx: &mut Cx,
+        slot: u16,
+        request: &mut Request,
+        bytes: &mut usize,
+    ) -> Step {
         while request.failed.is_none()
             && request.next < request.length
             && request.fetches + request.storage < cx.settings.engine.fetches
         {
+            if self.write_straight(cx, request, bytes) {
+                return Step::Again;
+            }
             let waits = request.in_progress();
             if !self.room(1) {
                 return if waits { Step::Next } else { Step::NoRoom };
@@ -295,7 +309,7 @@ impl Conn {
     }
 
     /// Bytes of the piece that begins at `piece`.
-    fn piece(&self, cx: &Cx, request: &Request, piece: u32) -> u32 {
+    pub(super) fn piece(&self, cx: &Cx, request: &Request, piece: u32) -> u32 {
         let max = u32::try_from(self.piece_max(cx)).unwrap_or(u32::MAX);
         max.min(request.length.saturating_sub(piece))
     }
@@ -348,7 +362,7 @@ impl Conn {
     }
 
     /// A write of the binding has returned, at this time. One that failed may have moved the file's times as well.
-    fn written(&mut self, binding: Option<BindingRef>, ns: u64) {
+    pub(super) fn written(&mut self, binding: Option<BindingRef>, ns: u64) {
         if let Some(binding) = binding.and_then(|name| self.bindings.get_mut(name)) {
             binding.last_write_ns = ns;
         }

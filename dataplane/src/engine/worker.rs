@@ -51,8 +51,10 @@ const STORAGE_RETRY: Duration = Duration::from_millis(1);
 enum Looking {
     #[default]
     NotYet,
-    /// Since then, for so long. Stays so when it sleeps: how long the whole wait took tells how to go on.
+    /// Since then, for so long.
     Since(Instant, Duration),
+    /// It sleeps, having looked since then: how long the whole wait took tells how to go on.
+    Asleep(Instant),
     /// Not in this wait.
     InVain,
 }
@@ -129,10 +131,15 @@ impl Worker {
                 return;
             }
             if busy {
-                if let Looking::Since(since, _) = std::mem::take(&mut looking) {
+                if let Looking::Since(since, _) | Looking::Asleep(since) = looking {
                     self.cx.now = Instant::now();
-                    self.spin.ended(self.cx.now - since);
+                    let took = self.cx.now - since;
+                    let looked = matches!(looking, Looking::Since(..));
+                    if !(looked && self.spin.has_stalled(took)) {
+                        self.spin.ended(took);
+                    }
                 }
+                looking = Looking::NotYet;
                 idle = 0;
                 busy_rounds += 1;
                 if busy_rounds % GLANCE_ROUNDS == 0 {
@@ -143,7 +150,7 @@ impl Worker {
             }
             idle += 1;
             if idle <= self.cx.settings.engine.spin_rounds || self.may_look(idle, &mut looking) {
-                if idle % YIELD_ROUNDS == 0 {
+                if idle % YIELD_ROUNDS == 0 && self.gives_way() {
                     std::thread::yield_now();
                 }
                 std::hint::spin_loop();
@@ -151,6 +158,9 @@ impl Worker {
             }
             if self.arm() && self.inbox.may_sleep() {
                 self.cx.gauges.polls_total.add(std::mem::take(&mut polls));
+                if let Looking::Since(since, _) = looking {
+                    looking = Looking::Asleep(since);
+                }
                 self.sleep(&mut events);
                 self.inbox.woke();
                 idle = 0;
@@ -159,11 +169,27 @@ impl Worker {
         }
     }
 
+    /// True if others may have to run on this processor for there to be work.
+    fn gives_way(&self) -> bool {
+        self.hot.is_empty()
+            || self.hot.iter().any(|index| self.conns.get(*index).is_some_and(Conn::gives_way))
+    }
+
     /// True as long as looking for work is worth more than sleeping.
     fn may_look(&mut self, round: u32, looking: &mut Looking) -> bool {
         match looking {
-            Looking::Since(since, budget) => round % CLOCK_ROUNDS != 0 || since.elapsed() < *budget,
-            Looking::InVain => false,
+            Looking::Since(since, budget) => {
+                if round % CLOCK_ROUNDS != 0 {
+                    return true;
+                }
+                let took = since.elapsed();
+                let over = took >= *budget;
+                if over && self.spin.has_stalled(took) {
+                    *looking = Looking::InVain;
+                }
+                !over
+            }
+            Looking::Asleep(_) | Looking::InVain => false,
             Looking::NotYet => {
                 let conns = &self.conns;
                 let cheap = |index: &usize| conns.get(*index).is_some_and(Conn::polls_cheaply);

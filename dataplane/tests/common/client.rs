@@ -70,7 +70,7 @@ impl Client {
     }
 
     pub fn new(channel: Box<dyn Channel>, parts: Parts) -> Self {
-        let region = Region::new(REGION_BYTES).unwrap();
+        let region = Region::shareable(REGION_BYTES).unwrap();
         let memory = channel.registrar().register(region, RemoteAccess::FetchAndPlace).unwrap();
         Self {
             channel,

@@ -17,6 +17,8 @@ use holdfast_dataplane::config::{EngineConfig, Limits, MapConfig};
 use holdfast_dataplane::engine::{Engine, KernelFile, Opener, Settings};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::Access;
+use holdfast_transport::Listener;
+use holdfast_transport::local::{LocalListener, connect};
 use holdfast_transport::memory::{Faults, pair};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -74,6 +76,20 @@ impl Rig {
         let (mut client, faults) = self.silent_client();
         client.hello();
         (client, faults)
+    }
+
+    /// A client on the server's host, which has read the server's hello.
+    pub fn local_client(&self) -> Client {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let mut listener = LocalListener::bind(&path, 0o600).unwrap();
+        let parts = Client::parts();
+        let channel = connect(&path, Duration::from_secs(10), parts.setup()).unwrap();
+        let accepted = listener.accept(&mut |peer| self.engine.setup(peer)).unwrap();
+        self.engine.adopt(accepted);
+        let mut client = Client::new(Box::new(channel), parts);
+        client.hello();
+        client
     }
 
     /// A client that has not.

@@ -1,28 +1,11 @@
 //! The open's own descriptor: given over a Unix socket, to who may have it, and it cannot write.
 
-use crate::common::{Client, Rig, Told, eventually};
+use crate::common::{Rig, Told, eventually};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::link::{Fence, Restrict};
-use holdfast_transport::Listener;
-use holdfast_transport::local::{LocalListener, connect};
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::time::Duration;
-
-/// A client over a Unix socket, which has read the server's hello.
-fn local_client(rig: &Rig) -> Client {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("socket");
-    let mut listener = LocalListener::bind(&path, 0o600).unwrap();
-    let parts = Client::parts();
-    let channel = connect(&path, Duration::from_secs(10), parts.setup()).unwrap();
-    let accepted = listener.accept(&mut |peer| rig.engine.setup(peer)).unwrap();
-    rig.engine.adopt(accepted);
-    let mut client = Client::new(Box::new(channel), parts);
-    client.hello();
-    client
-}
 
 /// A file that is open for reading alone.
 fn readable(content: &[u8]) -> File {
@@ -35,7 +18,7 @@ fn readable(content: &[u8]) -> File {
 fn a_descriptor_reads_and_outlives_the_binding_which_is_why_it_cannot_write() {
     let rig = Rig::new();
     let open = rig.control.open_file(readable(b"what is there"), Access::READ, MacPolicy::Header);
-    let mut client = local_client(&rig);
+    let mut client = rig.local_client();
     let binding = client.bind(&open).unwrap();
     assert_eq!(client.ask_descriptor(binding), Status::Ok);
     let mut file = File::from(client.given.pop().unwrap());
@@ -61,7 +44,7 @@ fn a_descriptor_reads_and_outlives_the_binding_which_is_why_it_cannot_write() {
 #[test]
 fn one_that_could_write_or_was_not_granted_is_not_given() {
     let rig = Rig::new();
-    let mut client = local_client(&rig);
+    let mut client = rig.local_client();
     // Control would have it given, and its file is open for writing too.
     let writable = rig.control.open(b"content", Access::READ, MacPolicy::Header);
     let binding = client.bind(&writable).unwrap();
@@ -82,7 +65,7 @@ fn none_is_given_over_another_transport_or_while_others_have_locked_the_file() {
     let binding = other.bind(&open).unwrap();
     assert_eq!(other.ask_descriptor(binding), Status::Unsupported);
 
-    let mut client = local_client(&rig);
+    let mut client = rig.local_client();
     let binding = client.bind(&open).unwrap();
     let rules = vec![IoRule { range: ByteRange::new(100, 1).unwrap(), deny: Access::READ }];
     rig.engine.restrict(Restrict { open: open.id, version: 1, rules });

@@ -18,4 +18,5 @@ mod process;
 mod refusals;
 mod restrict;
 mod shortage;
+mod straight;
 mod verbs;

@@ -47,7 +47,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
-    fn the_file_is_the_model(policy in policy(), small in any::<bool>(), acts in proptest::collection::vec(act(), 1..40)) {
+    fn the_file_is_the_model(
+        policy in policy(),
+        small in any::<bool>(),
+        local in any::<bool>(),
+        acts in proptest::collection::vec(act(), 1..40),
+    ) {
         let rig = Rig::with(|s| {
             // Small buffers cut requests into pieces; policies over payloads want one piece.
             if small && !policy.covers_payload() {
@@ -56,7 +61,7 @@ proptest! {
             }
         });
         let open = rig.control.open(&[], Access::ALL, policy);
-        let mut client = rig.client();
+        let mut client = if local { rig.local_client() } else { rig.client() };
         let mut binding = client.bind(&open).unwrap();
         let mut model = Vec::new();
         for act in acts {

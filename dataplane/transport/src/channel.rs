@@ -3,7 +3,7 @@
 use crate::verbs::{Lane, PinnedFile, Pinner};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::{Buffer, Pool, Region};
+use holdfast_verbs::memory::{Buffer, PeerBytes, Pool, Region};
 use std::any::Any;
 use std::io;
 use std::net::SocketAddr;
@@ -160,6 +160,9 @@ pub struct Capabilities {
     pub zero_copy: bool,
     /// True if a `poll` that finds nothing makes no system call: looking for a while is then cheaper than sleeping.
     pub cheap_poll: bool,
+    /// True if who looks should give way to others now and then: what is waited for may need this very processor, as of a device in
+    /// software. Where it does not, giving way costs milliseconds when others compute.
+    pub gives_way: bool,
 }
 
 /// The answer of [`Channel::arm`].
@@ -253,6 +256,14 @@ pub trait Channel: Send {
     /// channel dies.
     fn take_placed(&mut self, done: &mut Vec<Placed>) {
         let _ = done;
+    }
+
+    /// Gives `act` the peer's memory itself, if this transport gets at it, and `remote` may be the target of a Place, or the source of
+    /// a Fetch, as `wanted` says: what it moves has been moved when it returns, before what was submitted takes effect. False if not; then
+    /// an operation tells why.
+    fn reach(&mut self, remote: RegionDescriptor, wanted: Kind, act: &mut dyn FnMut(PeerBytes<'_>)) -> bool {
+        let _ = (remote, wanted, act);
+        false
     }
 
     /// Registers memory for the peer of this channel; usable from any thread, and while the channel is polled.

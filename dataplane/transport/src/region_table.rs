@@ -44,7 +44,7 @@ pub(crate) enum Wanted {
 }
 
 impl RemoteAccess {
-    fn allows(self, wanted: Wanted) -> bool {
+    pub(crate) fn allows(self, wanted: Wanted) -> bool {
         match self {
             Self::FetchAndPlace => true,
             Self::Fetch => wanted == Wanted::Fetch,

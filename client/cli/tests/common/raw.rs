@@ -69,7 +69,7 @@ impl Raw {
             TransportKind::Verbs => Box::new(verbs::connect(address(), DEADLINE, setup).unwrap()),
             _ => Box::new(tcp::connect(address(), DEADLINE, setup).unwrap()),
         };
-        let region = Region::new(1 << 20).unwrap();
+        let region = Region::shareable(1 << 20).unwrap();
         let registration = channel.registrar().register(region, RemoteAccess::FetchAndPlace).unwrap();
         let nothing = Hello::new_zeroed();
         let mut raw = Self {

@@ -1,6 +1,7 @@
 //! [`LocalListener`]: a Unix socket at a path, on a thread of its own.
 
-use super::PEER;
+use super::reach::Budget;
+use super::{PEER, Sharing};
 use crate::channel::{Channel, Listener, Setup};
 use crate::stopper::Stopper;
 use std::fs::Permissions;
@@ -10,11 +11,17 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+/// Bytes of clients' regions that are mapped at once, unless it is said otherwise.
+const SHARED_BYTES_MAX: u64 = 4 << 30;
+/// One channel may have this part of them.
+const CHANNELS_FULL: u64 = 4;
+
 /// Accepts connections at a path. The file stays when it is dropped, and the next one there takes its place.
 pub struct LocalListener {
     listener: UnixListener,
     path: PathBuf,
     stopper: Stopper,
+    sharing: Sharing,
 }
 
 impl LocalListener {
@@ -30,13 +37,26 @@ impl LocalListener {
         // Until here whoever is refused goes on by another transport.
         std::fs::set_permissions(path, Permissions::from_mode(mode))?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: path.to_owned(), stopper: Stopper::new()? })
+        let (stopper, sharing) = (Stopper::new()?, sharing(SHARED_BYTES_MAX));
+        Ok(Self { listener, path: path.to_owned(), stopper, sharing })
+    }
+
+    /// At most so many bytes of all clients' regions are mapped at once, and a quarter of them for one channel (4 GiB if this is not
+    /// said). What is beyond is served by frames, with more copies.
+    #[must_use]
+    pub fn with_shared_bytes_max(mut self, bytes_max: u64) -> Self {
+        self.sharing = sharing(bytes_max);
+        self
     }
 
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+fn sharing(bytes_max: u64) -> Sharing {
+    Sharing { budget: Budget::new(bytes_max), channel_bytes_max: bytes_max / CHANNELS_FULL }
 }
 
 /// Removes a socket on which nobody listens any more.
@@ -68,7 +88,7 @@ impl Listener for LocalListener {
     ) -> io::Result<Box<dyn Channel>> {
         crate::stream::accept(&self.stopper, &self.listener, || {
             let (stream, _) = self.listener.accept()?;
-            Ok(prepare(PEER).map(|setup| super::channel(stream, setup, false)))
+            Ok(prepare(PEER).map(|setup| super::channel(stream, setup, Some(&self.sharing))))
         })
     }
 

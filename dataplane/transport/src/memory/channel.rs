@@ -69,6 +69,7 @@ fn half(setup: Setup) -> io::Result<(Side, Half)> {
         depth: setup.depth,
         zero_copy: false,
         cheap_poll: true,
+        gives_way: true,
     };
     let mut admission = Admission::new(&setup, capabilities)?;
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);

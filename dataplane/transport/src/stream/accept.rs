@@ -1,6 +1,5 @@
 //! The loop of listeners on sockets: what concerns one peer is passed over, what will pass is waited for.
 
-use super::StreamChannel;
 use crate::channel::Channel;
 use crate::stopper::Stopper;
 use rustix::event::PollFlags;
@@ -14,10 +13,10 @@ const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Waits for a peer and makes its channel. `take` accepts one connection: its error is the listening socket's; `None` says
 /// that the peer was turned away.
-pub(crate) fn accept(
+pub(crate) fn accept<C: Channel + 'static>(
     stopper: &Stopper,
     listener: &impl AsFd,
-    mut take: impl FnMut() -> io::Result<Option<io::Result<StreamChannel>>>,
+    mut take: impl FnMut() -> io::Result<Option<io::Result<C>>>,
 ) -> io::Result<Box<dyn Channel>> {
     let mut short = false;
     loop {

@@ -1,30 +1,30 @@
 //! [`StreamChannel`]: the trait over the two halves, and how a connection ends.
 
-use super::Ending;
 use super::fetches::Fetches;
 use super::framing::{FETCHES_MAX, LENGTH_MAX, Refusal};
-use super::receive::{Context, Receive, Socket};
+use super::receive::{Context, Known, Receive};
 use super::send::{Owned, Transmit};
+use super::{Ending, Wire};
 use crate::admission::Admission;
 use crate::channel::{
     Armed, Capabilities, Channel, ChannelError, Completion, Kind, Operation, OperationError, Registrar,
     Rejected, Setup, SubmitError,
 };
-use crate::region_table::{RegionTable, TableRegistrar};
+use crate::region_table::{RegionTable, Wanted};
 use holdfast_shared::auth::ChannelIdentity;
+use holdfast_shared::types::RegionDescriptor;
 use holdfast_shared::wire::service::TransportKind;
-use holdfast_verbs::memory::Buffer;
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::{Shutdown, shutdown};
+use holdfast_verbs::memory::{Buffer, PeerBytes};
+use rustix::net::Shutdown;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-/// One data connection over a stream socket.
-pub struct StreamChannel {
-    socket: OwnedFd,
+/// One data connection over a stream of bytes.
+pub(crate) struct StreamChannel<W: Wire> {
+    wire: W,
     peer: SocketAddr,
     identity: ChannelIdentity,
     admission: Admission,
@@ -34,46 +34,46 @@ pub struct StreamChannel {
     fetches: Fetches,
     /// Completions to be handed out.
     ready: VecDeque<Completion>,
-    /// The last poll sent, and left out receiving because the socket had been found empty.
+    /// The last poll sent, and left out receiving because the wire had been found empty.
     skipped: bool,
     end: Option<ChannelError>,
 }
 
-impl StreamChannel {
-    /// Over a connected socket that does not block. `takes_descriptors`: a message of the peer may bring one.
+impl<W: Wire> StreamChannel<W> {
     pub(crate) fn new(
-        socket: OwnedFd,
+        wire: W,
         peer: SocketAddr,
         identity: ChannelIdentity,
         setup: Setup,
-        takes_descriptors: bool,
     ) -> io::Result<Self> {
         let capabilities = Capabilities {
             message_bytes_max: LENGTH_MAX,
             transfer_bytes_max: LENGTH_MAX,
             depth: setup.depth,
             zero_copy: false,
-            cheap_poll: false,
+            cheap_poll: W::IS_CHEAP,
+            // The peer is a process, which the kernel wakes; it runs elsewhere, or looking does not pay off.
+            gives_way: !W::IS_CHEAP,
         };
         let mut admission = Admission::new(&setup, capabilities)?;
         let (operations, receives) = (admission.operations_reserve(), admission.receives_reserve());
-        let mut receive = Receive::new(receives, takes_descriptors);
+        let mut receive = Receive::new(receives, W::STAGING_BYTES);
         for (token, buffer) in setup.receives {
             admission.enter(Kind::Recv);
             receive.post(token, buffer);
         }
         Ok(Self {
-            socket,
             peer,
             identity,
             admission,
             table: RegionTable::new(),
-            transmit: Transmit::with_capacity(operations + FETCHES_MAX + 1),
+            transmit: Transmit::with_capacity(operations + FETCHES_MAX + 1, W::IS_CHEAP),
             receive,
             fetches: Fetches::with_capacity(operations),
             ready: VecDeque::with_capacity(operations + receives),
             skipped: false,
             end: None,
+            wire,
         })
     }
 
@@ -85,9 +85,9 @@ impl StreamChannel {
             Err(Ending::Io(error)) => return Err(self.last_words().unwrap_or(Ending::Io(error))),
             Err(ending) => return Err(ending),
         };
-        // Right after a receive that left the socket empty there is hardly anything new: save the call, but never twice
+        // Right after a receive that left the wire empty there is hardly anything new: save the call, but never twice
         // in a row, so that who polls without arming is served too.
-        let probably_empty = self.receive.socket() != Socket::Unknown;
+        let probably_empty = self.receive.known() != Known::Unknown && !W::IS_CHEAP;
         self.skipped = sent && probably_empty && !self.skipped && !self.receive.can_resume();
         if self.skipped {
             return Ok(());
@@ -104,7 +104,7 @@ impl StreamChannel {
             transmit: &mut self.transmit,
             ready: &mut self.ready,
         };
-        self.receive.pull(self.socket.as_fd(), &mut context)
+        self.receive.pull(&mut self.wire, &mut context)
     }
 
     /// Takes what arrived before the connection broke. Returns how the peer ended it, if that says more than that it did.
@@ -116,13 +116,20 @@ impl StreamChannel {
     }
 
     fn send(&mut self) -> Result<bool, Ending> {
-        while let Some(frame) = self.fetches.ask() {
-            self.transmit.add(frame);
+        let mut moved = false;
+        loop {
+            while let Some((remote, tag)) = self.fetches.ask() {
+                self.transmit.add_fetch(remote, tag);
+            }
+            if self.transmit.is_empty() {
+                return Ok(moved);
+            }
+            moved |= self.transmit.push(&mut self.wire, &mut self.fetches, &mut self.ready)?;
+            // Those that were done at once make room for others.
+            if !self.transmit.is_empty() || !self.fetches.can_ask() {
+                return Ok(moved);
+            }
         }
-        if self.transmit.is_empty() {
-            return Ok(false);
-        }
-        self.transmit.push(self.socket.as_fd(), &mut self.ready)
     }
 
     fn finish(&mut self, ending: Ending) {
@@ -145,7 +152,7 @@ impl StreamChannel {
             }
             Ending::Refuse { why, refusal, tag } => {
                 tracing::warn!(peer = %self.peer, why, "data connection dropped: the peer misbehaved");
-                self.transmit.refuse(self.socket.as_fd(), refusal, tag, &mut self.ready);
+                self.transmit.refuse(&mut self.wire, refusal, tag, &mut self.ready);
                 // What the peer has sent meanwhile stays unread; were the connection closed now, that would take
                 // the refusal away from it.
                 how = Shutdown::Write;
@@ -170,21 +177,12 @@ impl StreamChannel {
         self.transmit.flush(None, &mut self.ready);
         self.receive.flush(&mut self.ready);
         self.ready.extend(self.fetches.flush().map(|pending| pending.complete(Err(OperationError::Flushed))));
-        // It may be down already.
-        let _ = shutdown(&self.socket, how);
+        self.wire.cut(how);
         self.end = Some(error);
-    }
-
-    /// Asks the kernel whether the socket has something, without waiting.
-    fn socket_has(&self, flags: PollFlags) -> bool {
-        let mut fds = [PollFd::new(&self.socket, flags)];
-        let outcome = rustix::event::poll(&mut fds, Some(&Timespec::default()));
-        // An error here is no reason to sleep. A Unix socket says HUP as soon as its peer has gone, with bytes still to be read.
-        outcome.is_err() || fds[0].revents().intersects(flags | PollFlags::ERR)
     }
 }
 
-impl Channel for StreamChannel {
+impl<W: Wire> Channel for StreamChannel<W> {
     fn identity(&self) -> &ChannelIdentity {
         &self.identity
     }
@@ -209,7 +207,7 @@ impl Channel for StreamChannel {
         self.admission.enter(kind);
         match operation {
             Operation::Send { buffer, length } => {
-                self.transmit.add_message(Owned { token, kind, buffer, length }, None);
+                self.transmit.add_message(Owned { token, kind, buffer, length }, false);
             }
             Operation::Recv { buffer } => self.receive.post(token, buffer),
             Operation::Place { buffer, remote } | Operation::Fetch { buffer, remote }
@@ -243,7 +241,9 @@ impl Channel for StreamChannel {
             (Ok(()), Operation::Send { buffer, length }) => {
                 let kind = Kind::Send;
                 self.admission.enter(kind);
-                self.transmit.add_message(Owned { token, kind, buffer, length }, Some(descriptor));
+                // Without it, if too many are on their way: the peer is told as much by finding none.
+                let sent = self.wire.send_descriptor(descriptor);
+                self.transmit.add_message(Owned { token, kind, buffer, length }, sent);
                 Ok(())
             }
             (admitted, operation) => {
@@ -271,8 +271,8 @@ impl Channel for StreamChannel {
             return false;
         }
         match self.send() {
-            // What the socket does not take now makes an edge when it does.
-            Ok(_) => true,
+            // What the wire does not take now makes an edge when it does.
+            Ok(_) => !self.transmit.is_pending(),
             Err(ending) => {
                 let said = self.last_words();
                 self.finish(said.unwrap_or(ending));
@@ -291,29 +291,25 @@ impl Channel for StreamChannel {
         if self.transmit.is_pending() || self.fetches.can_ask() || self.receive.can_resume() {
             return Armed::Pending;
         }
-        if self.receive.is_stalled() {
-            // Nothing is read now, so that only this shows that the connection was reset.
-            if self.socket_has(PollFlags::ERR) {
-                self.finish(Ending::Disconnected);
-                return Armed::Pending;
-            }
-            return Armed::Idle;
+        let (known, is_stalled) = (self.receive.known(), self.receive.is_stalled());
+        if known == Known::Unknown && !is_stalled {
+            return Armed::Pending;
         }
-        match self.receive.socket() {
-            Socket::Unknown => Armed::Pending,
-            Socket::Empty if !self.skipped => Armed::Idle,
-            // Bytes that come from now on give an edge. The end of the stream may have come with the last bytes,
-            // and would give none; nor do bytes that came with the edge of the poll that left out receiving.
-            Socket::Short | Socket::Empty if self.socket_has(PollFlags::IN | PollFlags::RDHUP) => {
+        match self.wire.arm(known == Known::Empty && !self.skipped, is_stalled) {
+            Ok(Armed::Idle) => Armed::Idle,
+            Ok(Armed::Pending) => {
                 self.receive.mark_readable();
                 Armed::Pending
             }
-            Socket::Short | Socket::Empty => Armed::Idle,
+            Err(ending) => {
+                self.finish(ending);
+                Armed::Pending
+            }
         }
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.wire.wake_fd()
     }
 
     fn close(&mut self) {
@@ -326,7 +322,25 @@ impl Channel for StreamChannel {
         self.end.clone()
     }
 
+    fn reach(&mut self, remote: RegionDescriptor, wanted: Kind, act: &mut dyn FnMut(PeerBytes<'_>)) -> bool {
+        let wanted = match wanted {
+            Kind::Place => Wanted::Place,
+            Kind::Fetch => Wanted::Fetch,
+            Kind::Send | Kind::Recv => return false,
+        };
+        if self.end.is_some() {
+            return false;
+        }
+        match self.wire.reach(remote, wanted, act) {
+            Ok(reached) => reached,
+            Err(ending) => {
+                self.finish(ending);
+                false
+            }
+        }
+    }
+
     fn registrar(&self) -> Arc<dyn Registrar> {
-        Arc::new(TableRegistrar(Arc::clone(&self.table)))
+        self.wire.registrar(&self.table)
     }
 }

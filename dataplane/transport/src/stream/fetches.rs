@@ -7,7 +7,7 @@
 //! The peer counts an answer until its last byte is in the socket. So a Fetch counts as asked here until that byte has
 //! come: the next one asked for never finds more than FETCHES_MAX unanswered there.
 
-use super::framing::{FETCHES_MAX, Frame};
+use super::framing::FETCHES_MAX;
 use crate::channel::{Completion, Kind, OperationError};
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_verbs::memory::Buffer;
@@ -49,7 +49,7 @@ impl Fetches {
     }
 
     /// The next to ask for, if the peer may be asked for one more.
-    pub(super) fn ask(&mut self) -> Option<Frame> {
+    pub(super) fn ask(&mut self) -> Option<(RegionDescriptor, u32)> {
         if self.asked >= FETCHES_MAX {
             return None;
         }
@@ -59,7 +59,13 @@ impl Fetches {
             self.asked += 1;
         }
         // Fewer keys are in use than the depth of a channel, which is far below the 2^31 of a Place's tag.
-        Some(Frame::Fetch { remote, tag: u32::try_from(key).ok()? })
+        Some((remote, u32::try_from(key).ok()?))
+    }
+
+    /// Where the bytes go that were asked for under this number.
+    pub(super) fn room(&mut self, tag: u32) -> Option<&mut [u8]> {
+        let pending = self.pending.get_mut(usize::try_from(tag).ok()?)?;
+        pending.buffer.get_mut(..pending.length)
     }
 
     /// True if `ask` would give one.

@@ -15,8 +15,8 @@
 //!
 //! * Message goes into the receiver's oldest posted Recv. If none is posted, the receiver stops reading until one is.
 //!   If it is longer than that buffer, the answer is Refused{length} with tag 0.
-//! * A descriptor goes over a Unix socket alone (SCM_RIGHTS), from the server to the client, with the first byte of the
-//!   header that says so. It may be missing: the receiver had no room for it.
+//! * A descriptor goes over local channels alone, from the server to the client, beside the stream ([`crate::local`]): the next
+//!   one is this message's. It may be missing: the receiver had no room for it.
 //! * Place writes its payload into the receiver's region. Place and Fetch are never empty.
 //! * Fetch is answered with FetchData of exactly the length and tag asked for; answers may come in any order. At
 //!   most [`FETCHES_MAX`] may be unanswered; the asker sees to it.
@@ -67,7 +67,7 @@ pub(super) enum Frame {
 
 /// Why a frame was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     /// The region named does not exist or does not allow it.
     Access,
     /// The message is longer than the buffer.

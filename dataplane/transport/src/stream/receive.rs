@@ -1,26 +1,25 @@
 //! The receiving side: headers through a small staging buffer, payload straight to where it belongs.
 //!
 //! ```text
-//!   socket ──recvmsg──► [ rest of the payload's destination | staging ]
-//!                         message: posted Recv buffer          │ next headers, and the payload bytes that
-//!                         Place:   registered region           │ came with them: copied once
-//!                         FetchData: the Fetch's buffer        ▼
+//!   wire ──► [ rest of the payload's destination | staging ]
+//!              message: posted Recv buffer          │ next headers, and the payload bytes that
+//!              Place:   registered region           │ came with them: copied once
+//!              FetchData: the Fetch's buffer        ▼
 //! ```
 //!
-//! The staging buffer is small, so that of a long transfer hardly anything is copied; a short frame comes with one call.
+//! The staging buffer is small, so that of a long transfer hardly anything is copied. Over a socket a short frame comes with one
+//! call; where calls cost nothing it has room for a header alone.
 
-use super::Ending;
 use super::fetches::{Fetches, Pending};
 use super::framing::{FETCHES_MAX, Frame, HEADER_BYTES, Refusal};
 use super::send::Transmit;
+use super::{Ending, Room, Wire};
 use crate::channel::{Completion, Kind, OperationError};
 use crate::region_table::{RegionTable, Target, Wanted};
-use holdfast_verbs::memory::{Buffer, RecvSegment, recv_segments, recv_segments_and_descriptor};
+use holdfast_verbs::memory::Buffer;
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-const STAGING_BYTES: usize = 16 * 1024;
 /// Bytes after which one call of `pull` returns, so that a fast peer does not keep its owner from other channels.
 const PULL_BYTES_MAX: usize = 8 << 20;
 
@@ -51,9 +50,9 @@ enum State {
     },
 }
 
-/// What is known of the socket.
+/// What is known of the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Socket {
+pub(super) enum Known {
     /// Nothing: there may be bytes.
     Unknown,
     /// The last call did not fill what it was given.
@@ -78,23 +77,18 @@ pub(super) struct Receive {
     end: usize,
     state: State,
     posted: VecDeque<(u64, Buffer)>,
-    socket: Socket,
-    takes_descriptors: bool,
-    /// Came with the bytes that were received last, and belongs to a header among them.
-    arrived: Option<OwnedFd>,
+    known: Known,
 }
 
 impl Receive {
-    pub(super) fn new(receives: usize, takes_descriptors: bool) -> Self {
+    pub(super) fn new(receives: usize, staging_bytes: usize) -> Self {
         Self {
-            staging: vec![0; STAGING_BYTES].into_boxed_slice(),
+            staging: vec![0; staging_bytes].into_boxed_slice(),
             start: 0,
             end: 0,
             state: State::Header,
             posted: VecDeque::with_capacity(receives),
-            socket: Socket::Unknown,
-            takes_descriptors,
-            arrived: None,
+            known: Known::Unknown,
         }
     }
 
@@ -102,13 +96,13 @@ impl Receive {
         self.posted.push_back((token, buffer));
     }
 
-    pub(super) fn socket(&self) -> Socket {
-        self.socket
+    pub(super) fn known(&self) -> Known {
+        self.known
     }
 
-    /// The socket has something after all.
+    /// The wire has something after all.
     pub(super) fn mark_readable(&mut self) {
-        self.socket = Socket::Unknown;
+        self.known = Known::Unknown;
     }
 
     /// True if a message waits for a Recv, and nothing is read until one is posted.
@@ -121,71 +115,51 @@ impl Receive {
         matches!(self.state, State::Unplaced { .. }) && !self.posted.is_empty()
     }
 
-    /// Reads and acts on frames until the socket is empty, a message has no Recv, or enough came for one turn.
-    pub(super) fn pull(&mut self, socket: BorrowedFd<'_>, context: &mut Context<'_>) -> Result<(), Ending> {
-        self.digest(context)?;
+    /// Reads and acts on frames until nothing more has come, a message has no Recv, or enough came for one turn.
+    pub(super) fn pull(&mut self, wire: &mut impl Wire, context: &mut Context<'_>) -> Result<(), Ending> {
+        self.digest(wire, context)?;
         let mut total = 0;
         while total < PULL_BYTES_MAX && !self.is_stalled() {
-            let (room, outcome) = self.read_once(socket)?;
-            match outcome {
-                Ok(0) => return Err(Ending::Disconnected),
-                Ok(count) => {
-                    total += count;
-                    self.socket = if count < room { Socket::Short } else { Socket::Unknown };
-                    let digested = self.digest(context);
-                    // What no message claimed is closed; while one waits for its Recv there may be headers behind it.
-                    self.arrived.take_if(|_| !matches!(self.state, State::Unplaced { .. }));
-                    digested?;
-                    if count < room {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.socket = Socket::Empty;
-                    break;
-                }
-                Err(error) => return Err(Ending::Io(error)),
+            let (room, outcome) = self.read_once(wire)?;
+            let Some(count) = outcome else {
+                self.known = Known::Empty;
+                break;
+            };
+            total += count;
+            self.known = if count < room { Known::Short } else { Known::Unknown };
+            self.digest(wire, context)?;
+            if count < room {
+                break;
             }
         }
         Ok(())
     }
 
-    /// One system call: how much room it had, and what came of it.
-    fn read_once(&mut self, socket: BorrowedFd<'_>) -> Result<(usize, io::Result<usize>), Ending> {
+    /// One call: how much room it had, and how much came.
+    fn read_once(&mut self, wire: &mut impl Wire) -> Result<(usize, Option<usize>), Ending> {
         // What is staged is less than a header, or `digest` would have used it.
         self.staging.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         let staging = self.staging.get_mut(self.end..).unwrap_or_default();
         let staging_room = staging.len();
-        let staging = RecvSegment::slice(staging);
-        let (takes, arrived) = (self.takes_descriptors, &mut self.arrived);
-        let mut receive = |segments: &mut [RecvSegment<'_>]| {
-            if !takes {
-                return recv_segments(socket, segments);
-            }
-            let (count, descriptor) = recv_segments_and_descriptor(socket, segments)?;
-            *arrived = descriptor;
-            Ok(count)
-        };
+        let staging = Room::Slice(staging);
         let (direct_room, outcome) = match &mut self.state {
-            State::Header | State::Unplaced { .. } => (0, receive(&mut [staging])),
+            State::Header | State::Unplaced { .. } => (0, wire.recv(&mut [staging])?),
             State::Message { buffer, length, filled, .. } => {
                 let rest = buffer.get_mut(*filled..*length).unwrap_or_default();
-                (rest.len(), receive(&mut [RecvSegment::slice(rest), staging]))
+                (rest.len(), wire.recv(&mut [Room::Slice(rest), staging])?)
             }
             State::Data { pending, filled } => {
                 let rest = pending.buffer.get_mut(*filled..pending.length).unwrap_or_default();
-                (rest.len(), receive(&mut [RecvSegment::slice(rest), staging]))
+                (rest.len(), wire.recv(&mut [Room::Slice(rest), staging])?)
             }
             State::Place { target, tag, filled } => {
                 let Some(_live) = target.lock() else { return Err(place_refused(*tag)) };
                 let range = target.rest(*filled);
-                let room = range.len();
-                let rest = RecvSegment::region(target.region(), range).map_err(|_| place_refused(*tag))?;
-                (room, receive(&mut [rest, staging]))
+                (range.len(), wire.recv(&mut [Room::Region(target.region(), range), staging])?)
             }
         };
-        if let Ok(count) = outcome {
+        if let Some(count) = outcome {
             let direct = count.min(direct_room);
             if let Some(filled) = self.filled() {
                 *filled += direct;
@@ -205,7 +179,7 @@ impl Receive {
     }
 
     /// Acts on what is staged, as far as it goes.
-    fn digest(&mut self, context: &mut Context<'_>) -> Result<(), Ending> {
+    fn digest(&mut self, wire: &mut impl Wire, context: &mut Context<'_>) -> Result<(), Ending> {
         loop {
             match &mut self.state {
                 State::Header => {
@@ -213,7 +187,7 @@ impl Receive {
                     let Some(header) = staged.first_chunk::<HEADER_BYTES>() else { return Ok(()) };
                     let frame = Frame::decode(header).map_err(Ending::Misbehaved)?;
                     self.start += HEADER_BYTES;
-                    self.begin(frame, context)?;
+                    self.begin(frame, wire, context)?;
                 }
                 State::Unplaced { length, descriptor } => {
                     let length = *length;
@@ -241,13 +215,10 @@ impl Receive {
     }
 
     /// Checks a frame against what is known here, and says where its payload goes.
-    fn begin(&mut self, frame: Frame, context: &mut Context<'_>) -> Result<(), Ending> {
+    fn begin(&mut self, frame: Frame, wire: &mut impl Wire, context: &mut Context<'_>) -> Result<(), Ending> {
         self.state = match frame {
-            Frame::Message { descriptor: true, .. } if !self.takes_descriptors => {
-                return Err(Ending::Misbehaved("it sends a descriptor where none is taken"));
-            }
             Frame::Message { length, descriptor } => {
-                let descriptor = self.arrived.take_if(|_| descriptor);
+                let descriptor = if descriptor { wire.take_descriptor()? } else { None };
                 State::Unplaced { length: length as usize, descriptor }
             }
             Frame::Place { remote, tag } => {

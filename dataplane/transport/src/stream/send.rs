@@ -1,21 +1,24 @@
-//! The sending side: frames in order, header and payload gathered into as few system calls as there can be.
+//! The sending side: frames in order, header and payload gathered into as few calls as there can be.
 //!
 //! ```text
-//!   queue: [ header | buffer ] [ header ] [ header | region ] ...  ──sendmsg──► socket
+//!   queue: [ header | buffer ] [ header ] [ header | region ] ...  ──► wire
 //!            ▲ sent bytes are kept per frame; only the first can be sent in part
 //! ```
+//!
+//! A Place or Fetch whose turn has come is first tried on the peer's memory itself, where the wire may get at it. If that does not
+//! do, for whatever reason, its frame is sent: the peer knows whether to answer or to refuse it.
 
-use super::Ending;
+use super::fetches::Fetches;
 use super::framing::{Frame, HEADER_BYTES, Refusal};
+use super::{Ending, PIECES_MAX, Piece, Wire};
 use crate::channel::{Completion, Kind, OperationError};
-use crate::region_table::{Live, Target};
-use holdfast_verbs::memory::{
-    Buffer, MAX_SEGMENTS, SendSegment, send_segments, send_segments_and_descriptor,
-};
+use crate::region_table::{Live, Target, Wanted};
+use holdfast_shared::types::RegionDescriptor;
+use holdfast_verbs::memory::Buffer;
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+/// Bytes moved to and from the peer's memory after which others have their turn.
+const DIRECT_BYTES_MAX: usize = 2 << 20;
 /// Set in the numbers of Places, and not in those of Fetches: a refusal names one or the other.
 const PLACE_TAG: u32 = 1 << 31;
 
@@ -53,12 +56,12 @@ impl Payload {
 struct Outgoing {
     header: [u8; HEADER_BYTES],
     payload: Payload,
-    /// Bytes of header and payload that the socket has taken.
+    /// Bytes of header and payload that the wire has taken.
     sent: usize,
     /// The number on the wire, by which a Place can be refused.
     tag: u32,
-    /// Goes with the first byte, and is gone then.
-    descriptor: Option<OwnedFd>,
+    /// A Place or Fetch that has not been tried on the peer's memory.
+    untried: Option<RegionDescriptor>,
 }
 
 impl Outgoing {
@@ -72,17 +75,19 @@ pub(super) struct Transmit {
     queue: VecDeque<Outgoing>,
     /// Answers to Fetches among them.
     answers: usize,
-    /// The socket took less than it was given: it will tell when it takes more.
+    /// The wire took less than it was given: it will tell when it takes more.
     blocked: bool,
     places: u32,
+    /// Places and Fetches are tried on the peer's memory.
+    is_direct: bool,
 }
 
 impl Transmit {
-    pub(super) fn with_capacity(count: usize) -> Self {
-        Self { queue: VecDeque::with_capacity(count), answers: 0, blocked: false, places: 0 }
+    pub(super) fn with_capacity(count: usize, is_direct: bool) -> Self {
+        Self { queue: VecDeque::with_capacity(count), answers: 0, blocked: false, places: 0, is_direct }
     }
 
-    /// True if `push` could get on without waiting for the socket.
+    /// True if `push` could get on without waiting for the wire.
     pub(super) fn is_pending(&self) -> bool {
         !self.queue.is_empty() && !self.blocked
     }
@@ -96,67 +101,60 @@ impl Transmit {
         self.answers
     }
 
-    pub(super) fn add(&mut self, frame: Frame) {
-        self.enqueue(frame, Payload::None, 0);
+    fn add(&mut self, frame: Frame) {
+        self.enqueue(frame, Payload::None, 0, None);
     }
 
-    pub(super) fn add_message(&mut self, owned: Owned, descriptor: Option<OwnedFd>) {
+    pub(super) fn add_message(&mut self, owned: Owned, descriptor: bool) {
         // Lengths were held against LENGTH_MAX when the operation was accepted.
         let length = u32::try_from(owned.length).unwrap_or(u32::MAX);
-        let frame = Frame::Message { length, descriptor: descriptor.is_some() };
-        self.enqueue(frame, Payload::Owned(owned), 0);
-        if let Some(last) = self.queue.back_mut() {
-            last.descriptor = descriptor;
-        }
+        self.enqueue(Frame::Message { length, descriptor }, Payload::Owned(owned), 0, None);
     }
 
-    pub(super) fn add_place(&mut self, owned: Owned, remote: holdfast_shared::types::RegionDescriptor) {
+    pub(super) fn add_fetch(&mut self, remote: RegionDescriptor, tag: u32) {
+        self.enqueue(Frame::Fetch { remote, tag }, Payload::None, tag, Some(remote));
+    }
+
+    pub(super) fn add_place(&mut self, owned: Owned, remote: RegionDescriptor) {
         self.places = self.places.wrapping_add(1);
         let tag = PLACE_TAG | self.places;
-        self.enqueue(Frame::Place { remote, tag }, Payload::Owned(owned), tag);
+        self.enqueue(Frame::Place { remote, tag }, Payload::Owned(owned), tag, Some(remote));
     }
 
     pub(super) fn add_answer(&mut self, target: Target, tag: u32) {
         let length = u32::try_from(target.length()).unwrap_or(u32::MAX);
         self.answers += 1;
-        self.enqueue(Frame::FetchData { length, tag }, Payload::Answer(target), tag);
+        self.enqueue(Frame::FetchData { length, tag }, Payload::Answer(target), tag, None);
     }
 
-    fn enqueue(&mut self, frame: Frame, payload: Payload, tag: u32) {
-        self.queue.push_back(Outgoing { header: frame.encode(), payload, sent: 0, tag, descriptor: None });
+    fn enqueue(&mut self, frame: Frame, payload: Payload, tag: u32, remote: Option<RegionDescriptor>) {
+        let untried = remote.filter(|_| self.is_direct);
+        self.queue.push_back(Outgoing { header: frame.encode(), payload, sent: 0, tag, untried });
     }
 
-    /// Sends until the queue is empty or the socket full. Returns true if the socket took anything.
-    pub(super) fn push(
+    /// Sends until the queue is empty, the wire full, or enough was moved for one turn. Returns true if anything went.
+    pub(super) fn push<W: Wire>(
         &mut self,
-        socket: BorrowedFd<'_>,
+        wire: &mut W,
+        fetches: &mut Fetches,
         ready: &mut VecDeque<Completion>,
     ) -> Result<bool, Ending> {
-        let mut moved = false;
+        let (mut moved, mut direct) = (false, 0);
         while !self.queue.is_empty() {
-            let (given, outcome) = self.send_once(socket)?;
-            match outcome {
-                Ok(taken) => {
-                    moved |= taken > 0;
-                    if let Some(first) = self.queue.front_mut().filter(|_| taken > 0) {
-                        first.descriptor = None;
-                    }
-                    self.advance(taken, ready);
-                    self.blocked = taken < given;
+            if let Some(count) = self.reach(wire, fetches, ready)? {
+                (moved, self.blocked) = (true, false);
+                direct += count;
+                if direct >= DIRECT_BYTES_MAX {
+                    break;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.blocked = true,
-                // Too many descriptors of this process are on their way, perhaps to somebody who does not read: it goes without,
-                // and the peer is told as much by finding none.
-                Err(error)
-                    if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::TOOMANYREFS) =>
-                {
-                    let lost = self.queue.front_mut().and_then(|first| first.descriptor.take());
-                    if lost.is_none() {
-                        return Err(Ending::Io(error));
-                    }
-                }
-                Err(error) => return Err(Ending::Io(error)),
+                continue;
             }
+            let (given, outcome) = self.send_once(wire)?;
+            let taken = outcome.unwrap_or(0);
+            moved |= taken > 0;
+            self.advance(taken, ready);
+            // Only a call that took nothing promises an edge; where it costs a system call, one that took less does too.
+            self.blocked = outcome.is_none() || (!W::IS_CHEAP && taken < given);
             if self.blocked {
                 break;
             }
@@ -164,48 +162,78 @@ impl Transmit {
         Ok(moved)
     }
 
-    /// One system call: how many bytes were given, and what came of it.
-    fn send_once(&self, socket: BorrowedFd<'_>) -> Result<(usize, io::Result<usize>), Ending> {
+    /// Tries the first operation on the peer's memory, if it is to be tried. If that did, it is done: so many bytes.
+    fn reach(
+        &mut self,
+        wire: &mut impl Wire,
+        fetches: &mut Fetches,
+        ready: &mut VecDeque<Completion>,
+    ) -> Result<Option<usize>, Ending> {
+        let Some(first) = self.queue.front_mut() else { return Ok(None) };
+        let Some(remote) = first.untried.take() else { return Ok(None) };
+        let mut moved = false;
+        let reached = match &first.payload {
+            Payload::Owned(owned) => {
+                let bytes = owned.buffer.get(..owned.length).unwrap_or_default();
+                wire.reach(remote, Wanted::Place, &mut |there| moved = there.store(bytes).is_ok())?
+            }
+            Payload::None => match fetches.room(first.tag) {
+                Some(room) => {
+                    wire.reach(remote, Wanted::Fetch, &mut |there| moved = there.load(room).is_ok())?
+                }
+                None => false,
+            },
+            Payload::Answer(_) => false,
+        };
+        if !reached || !moved {
+            return Ok(None);
+        }
+        let length = remote.length() as usize;
+        if let Some(Outgoing { payload, tag, .. }) = self.queue.pop_front() {
+            match payload {
+                Payload::Owned(owned) => ready.push_back(owned.complete(Ok(length))),
+                Payload::None | Payload::Answer(_) => {
+                    fetches.arrived();
+                    ready.extend(fetches.answered(tag).map(|pending| pending.complete(Ok(length))));
+                }
+            }
+        }
+        Ok(Some(length))
+    }
+
+    /// One call: how many bytes were given, and how many were taken.
+    fn send_once(&self, wire: &mut impl Wire) -> Result<(usize, Option<usize>), Ending> {
         // No registration named here is withdrawn while these are held.
-        let mut live: [Option<Live<'_>>; MAX_SEGMENTS] = std::array::from_fn(|_| None);
-        let mut segments: [SendSegment<'_>; MAX_SEGMENTS] = std::array::from_fn(|_| SendSegment::slice(&[]));
-        let (mut used, mut given, mut descriptor) = (0, 0, None);
+        let mut live: [Option<Live<'_>>; PIECES_MAX] = std::array::from_fn(|_| None);
+        let mut pieces: [Piece<'_>; PIECES_MAX] = std::array::from_fn(|_| Piece::Slice(&[]));
+        let (mut used, mut given) = (0, 0);
         for frame in &self.queue {
-            // A descriptor goes with the first byte of a call: it has a call of its own.
-            if used + 2 > MAX_SEGMENTS || descriptor.is_some() || (frame.descriptor.is_some() && used > 0) {
+            if used + 2 > PIECES_MAX || frame.untried.is_some() {
                 break;
             }
-            descriptor = frame.descriptor.as_ref();
             if let Some(header) = frame.header.get(frame.sent..).filter(|rest| !rest.is_empty()) {
-                segments[used] = SendSegment::slice(header);
+                pieces[used] = Piece::Slice(header);
                 used += 1;
             }
             let done = frame.sent.saturating_sub(HEADER_BYTES);
             let payload = match &frame.payload {
                 Payload::None => None,
-                Payload::Owned(owned) => owned.buffer.get(done..owned.length).map(SendSegment::slice),
+                Payload::Owned(owned) => owned.buffer.get(done..owned.length).map(Piece::Slice),
                 Payload::Answer(target) => {
                     live[used] = target.lock();
                     if live[used].is_none() {
                         return Err(withdrawn(frame));
                     }
-                    SendSegment::region(target.region(), target.rest(done)).ok()
+                    Some(Piece::Region(target.region(), target.rest(done)))
                 }
             };
-            if let Some(payload) = payload.filter(|payload| !payload.is_empty()) {
-                segments[used] = payload;
+            if let Some(payload) = payload.filter(|payload| payload.len() > 0) {
+                pieces[used] = payload;
                 used += 1;
             }
             given += frame.left();
         }
-        let segments = &segments[..used];
-        Ok((
-            given,
-            match descriptor {
-                Some(descriptor) => send_segments_and_descriptor(socket, segments, descriptor.as_fd()),
-                None => send_segments(socket, segments),
-            },
-        ))
+        Ok((given, wire.send(&pieces[..used])?))
     }
 
     /// Counts bytes as sent; operations whose last byte is among them are done.
@@ -229,11 +257,11 @@ impl Transmit {
         }
     }
 
-    /// Tells the peer why the connection ends, if what is being sent and this still go into the socket. Everything
+    /// Tells the peer why the connection ends, if what is being sent and this still go into the wire. Everything
     /// else is dropped from the queue; buffers complete as failed.
     pub(super) fn refuse(
         &mut self,
-        socket: BorrowedFd<'_>,
+        wire: &mut impl Wire,
         refusal: Refusal,
         tag: u32,
         ready: &mut VecDeque<Completion>,
@@ -245,7 +273,12 @@ impl Transmit {
         self.queue.extend(first);
         self.add(Frame::Refused { refusal, tag });
         // Best effort: a peer that does not read is not told.
-        let _ = self.push(socket, ready);
+        while let Ok((given, Some(taken))) = self.send_once(wire) {
+            self.advance(taken, ready);
+            if taken < given || self.queue.is_empty() {
+                break;
+            }
+        }
         self.flush(None, ready);
     }
 
@@ -275,7 +308,7 @@ fn withdrawn(frame: &Outgoing) -> Ending {
 mod tests {
     use super::*;
     use crate::channel::{Registrar, RemoteAccess};
-    use crate::region_table::{RegionTable, TableRegistrar, Wanted};
+    use crate::region_table::{RegionTable, TableRegistrar};
     use holdfast_verbs::memory::Region;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
@@ -289,11 +322,12 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         rustix::net::sockopt::set_socket_send_buffer_size(&ours, 64 << 10).unwrap();
-        let (mut transmit, mut ready) = (Transmit::with_capacity(4), VecDeque::new());
+        let mut wire = crate::stream::SocketWire(ours.into());
+        let (mut transmit, mut ready) = (Transmit::with_capacity(4, false), VecDeque::new());
         transmit.add_answer(target(), 1);
         transmit.add_answer(target(), 2);
-        assert!(transmit.push(ours.as_fd(), &mut ready).is_ok());
-        assert!(transmit.queue.front().is_some_and(|first| first.sent > 0), "the socket took a part");
+        assert!(transmit.push(&mut wire, &mut Fetches::with_capacity(0), &mut ready).is_ok());
+        assert!(transmit.queue.front().is_some_and(|first| first.sent > 0), "the wire took a part");
         assert_eq!(transmit.answers(), 2);
         // The peer makes room, for the rest of the first.
         theirs.set_nonblocking(true).unwrap();
@@ -301,9 +335,9 @@ mod tests {
         while let Ok(count) = theirs.read(&mut bytes) {
             seen += count;
         }
-        transmit.refuse(ours.as_fd(), Refusal::Access, 9, &mut ready);
+        transmit.refuse(&mut wire, Refusal::Access, 9, &mut ready);
         assert_eq!((transmit.answers(), transmit.queue.len()), (0, 0));
-        drop(ours);
+        drop(wire);
         let mut rest = Vec::new();
         theirs.set_nonblocking(false).unwrap();
         theirs.read_to_end(&mut rest).unwrap();

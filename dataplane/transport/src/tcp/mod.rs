@@ -7,8 +7,8 @@ mod listener;
 pub use crate::stream::framing;
 pub use listener::TcpListener;
 
-use crate::channel::Setup;
-use crate::stream::StreamChannel;
+use crate::channel::{Channel, Setup};
+use crate::stream::{SocketWire, StreamChannel};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::wire::service::TransportKind;
 use rustix::net::sockopt;
@@ -27,12 +27,12 @@ const KEEPALIVE_PROBES: u32 = 4;
 ///
 /// # Errors
 /// The kernel's; `InvalidInput` for a setup that contradicts itself.
-pub fn connect(address: SocketAddr, timeout: Duration, setup: Setup) -> io::Result<StreamChannel> {
+pub fn connect(address: SocketAddr, timeout: Duration, setup: Setup) -> io::Result<impl Channel + use<>> {
     channel(TcpStream::connect_timeout(&address, timeout)?, setup, true)
 }
 
 /// The channel over a connection.
-fn channel(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<StreamChannel> {
+fn channel(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<StreamChannel<SocketWire>> {
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)?;
     sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
@@ -47,5 +47,5 @@ fn channel(stream: TcpStream, setup: Setup, is_client: bool) -> io::Result<Strea
         client: ChannelIdentity::tcp_end(client),
         server: ChannelIdentity::tcp_end(server),
     };
-    StreamChannel::new(stream.into(), peer, identity, setup, false)
+    StreamChannel::new(SocketWire(stream.into()), peer, identity, setup)
 }

@@ -98,6 +98,7 @@ fn admit(mut setup: Setup, limits: DeviceLimits) -> io::Result<(Admission, Vec<(
         depth: setup.depth,
         zero_copy: true,
         cheap_poll: true,
+        gives_way: true,
     };
     let mut admission = Admission::new(&setup, capabilities)?;
     for _ in &setup.receives {

@@ -5,6 +5,7 @@ use holdfast_transport::{Channel, Listener, Setup, local, memory, tcp, verbs};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,9 +78,11 @@ struct Numbered {
 
 impl Numbered {
     fn new() -> Self {
+        // None twice: a test may count on nobody being where a listener was.
+        static NEXT: AtomicU16 = AtomicU16::new(0);
         let first = std::process::id() as u16;
-        let port = (0..u16::MAX)
-            .map(|n| first.wrapping_add(n))
+        let port = std::iter::repeat_with(|| first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)))
+            .take(u16::MAX.into())
             .find(|port| std::fs::create_dir(Self::directory(*port)).is_ok())
             .unwrap();
         let listener = local::LocalListener::bind(&Self::directory(port).join("socket"), 0o600).unwrap();

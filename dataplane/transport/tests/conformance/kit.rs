@@ -133,7 +133,7 @@ impl End {
     }
 
     pub(crate) fn register(&self, length: usize, access: RemoteAccess) -> Registration {
-        self.channel.registrar().register(Region::new(length).unwrap(), access).unwrap()
+        self.channel.registrar().register(Region::shareable(length).unwrap(), access).unwrap()
     }
 
     /// Polls until nothing comes.

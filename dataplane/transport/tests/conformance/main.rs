@@ -20,6 +20,7 @@ mod model;
 mod pinned;
 mod processes;
 mod refusals;
+mod shared;
 mod transfers;
 mod waking;
 

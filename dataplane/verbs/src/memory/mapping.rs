@@ -1,6 +1,7 @@
-//! [`Memory`]: one anonymous mapping. Everything that is registered with a device is a `Memory` underneath.
+//! [`Memory`]: one mapping, anonymous or of a memory file. Everything that is registered with a device is a `Memory` underneath.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -11,7 +12,8 @@ use crate::gauges::MAPPED_BYTES;
 const HUGE_PAGE_BYTES: usize = 1 << HUGE_PAGE_BITS;
 const HUGE_PAGE_BITS: u8 = 21;
 
-/// Page-aligned, zeroed, private anonymous memory. Its address stays the same until the last owner drops it.
+/// Page-aligned memory, zeroed at first: private and anonymous, or a memory file's, shared with whoever has that. Its address stays the
+/// same until the last owner drops it.
 ///
 /// A `Memory` gives no access to its bytes: that is for [`super::Pool`] and [`super::Region`], which each have
 /// their own rule for who may touch them.
@@ -49,6 +51,17 @@ impl Memory {
     /// True if it is of pages that the operator has set aside.
     pub fn is_reserved(&self) -> bool {
         self.reserved
+    }
+
+    /// Maps the first `len` bytes (at least one) of a memory file that is as long.
+    pub(super) fn of_file(file: BorrowedFd<'_>, len: usize) -> io::Result<Arc<Self>> {
+        let map = MmapOptions::new().len(len).map_raw(&file)?;
+        if len >= HUGE_PAGE_BYTES {
+            // As for anonymous memory.
+            let _ = map.advise(memmap2::Advice::HugePage);
+        }
+        MAPPED_BYTES.add(len as u64);
+        Ok(Arc::new(Self { map, len, reserved: false, exclusive: false }))
     }
 
     fn map(len: usize, exclusive: bool) -> io::Result<Arc<Self>> {

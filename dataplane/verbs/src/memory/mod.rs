@@ -13,12 +13,16 @@
 //!   while a posted work request owns it.
 //! * [`Region`] memory is shared with a peer. It is reached by copies made of atomic accesses, or by system calls.
 //! * A [`FileMapping`] has an address for the device, and no byte that this process can touch.
+//! * A [`PeerRegion`] is another process's region: the kernel copies to and from it, this process touches no byte of it.
+//! * A [`SharedWord`] is a number in a region, reached by atomic accesses only.
 //! * A [`MappedWord`] is one number of a file, reached by atomic accesses only.
 
 mod file;
 mod io;
 mod mapping;
+mod memfd;
 mod nowait;
+mod peer;
 mod pool;
 mod region;
 mod word;
@@ -30,8 +34,9 @@ pub use io::{
 };
 pub use mapping::Memory;
 pub use nowait::{IN_MEMORY, Nowait, pread_nowait, pwrite_nowait};
+pub use peer::{PeerBytes, PeerRegion};
 pub use pool::{Buffer, Pool};
-pub use region::Region;
+pub use region::{Region, SharedWord};
 pub use word::MappedWord;
 
 use std::ops::Range;

@@ -1,4 +1,4 @@
-//! [`Region`]: memory that a peer may read or write at any moment, by RDMA.
+//! [`Region`]: memory that a peer may read or write at any moment, by RDMA, or because its process has mapped it too.
 //!
 //! No `&[u8]` of a region ever exists: the compiler may assume that bytes behind one don't change. Its bytes are
 //! reached by copies made of relaxed atomic accesses (plain moves to the processor, but accesses the compiler may
@@ -8,18 +8,21 @@
 //! Every range is checked; a range outside gives an error and touches nothing.
 
 use std::io;
+use std::ops::Deref;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
 use super::nowait::{Nowait, file_offset, nowait_result, once};
-use super::{Memory, OutOfRange, check_range, span};
+use super::{Memory, OutOfRange, check_range, memfd, span};
 
 /// Memory shared with a peer. Made once, registered once, kept: see the module documentation for how it is touched.
 #[derive(Debug)]
 pub struct Region {
     memory: Arc<Memory>,
+    /// The memory file, if it is one's.
+    file: Option<OwnedFd>,
 }
 
 const WORD: usize = size_of::<u64>();
@@ -27,7 +30,65 @@ const WORD: usize = size_of::<u64>();
 impl Region {
     /// A zeroed region of `len` bytes (at least one), page-aligned.
     pub fn new(len: usize) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { memory: Memory::anonymous(len)? }))
+        Ok(Arc::new(Self { memory: Memory::anonymous(len)?, file: None }))
+    }
+
+    /// As [`Region::new`], of memory that another process can be given by its [`Region::file`]: all of it is allocated at
+    /// once, and its length is sealed.
+    pub fn shareable(len: usize) -> io::Result<Arc<Self>> {
+        if len == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "memory of zero bytes asked for"));
+        }
+        let file = memfd::create("holdfast", len)?;
+        Ok(Arc::new(Self { memory: Memory::of_file(file.as_fd(), len)?, file: Some(file) }))
+    }
+
+    /// The `len` bytes of a [`Region::shareable`] that another process made and gave this one's descriptor of. From now on it is
+    /// [frozen](Region::is_frozen).
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is not such a one, or not as long; the kernel's.
+    pub fn adopt(file: OwnedFd, len: usize) -> io::Result<Arc<Self>> {
+        if len == 0 || memfd::sealed_len(file.as_fd())? != len as u64 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory file of another length"));
+        }
+        let memory = Memory::of_file(file.as_fd(), len)?;
+        memfd::freeze(&file)?;
+        if !memfd::is_frozen(&file, len)? {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory file with a hole"));
+        }
+        Ok(Arc::new(Self { memory, file: None }))
+    }
+
+    /// The memory file, to be given to another process; `None` if it is none.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The same memory without its file, which is closed when nobody else has it: it can't be given to another process any more.
+    pub fn without_file(&self) -> Arc<Self> {
+        Arc::new(Self { memory: Arc::clone(&self.memory), file: None })
+    }
+
+    /// True if nobody who has its file can change more of it than the bytes that they have mapped: no page can be taken away
+    /// under who touches it. So it is when the one it was given to has adopted it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn is_frozen(&self) -> io::Result<bool> {
+        self.file.as_ref().map_or(Ok(false), |file| memfd::is_frozen(file, self.len()))
+    }
+
+    /// The number in the 8 bytes from `offset` on, which must be a multiple of 8.
+    ///
+    /// # Errors
+    /// If they do not lie inside, or so.
+    pub fn word(self: &Arc<Self>, offset: usize) -> Result<SharedWord, OutOfRange> {
+        let range = span(offset, WORD, self.len())?;
+        if offset % WORD != 0 {
+            return Err(OutOfRange { start: range.start, end: range.end, len: self.len() });
+        }
+        Ok(SharedWord { region: Arc::clone(self), offset })
     }
 
     /// Length in bytes.
@@ -174,6 +235,24 @@ impl Region {
     }
 }
 
+/// A number in a region, which it keeps alive. Whoever else has the memory may change it at any moment.
+#[derive(Clone, Debug)]
+pub struct SharedWord {
+    region: Arc<Region>,
+    /// A multiple of its size, with room for it in the region.
+    offset: usize,
+}
+
+impl Deref for SharedWord {
+    type Target = AtomicU64;
+
+    fn deref(&self) -> &AtomicU64 {
+        // SAFETY: `Region::word` checked that the 8 bytes lie within the mapping, which is page-aligned and lives as long as
+        // `self.region`, at a multiple of 8. They are reached by atomics and system calls only, and every value is a valid number.
+        unsafe { AtomicU64::from_ptr(self.region.memory.as_mut_ptr().add(self.offset).cast()) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,6 +311,36 @@ mod tests {
         region.copy_out(0, &mut all).unwrap();
         assert_eq!(all.iter().filter(|byte| **byte == 0).count(), 38);
         assert_eq!((all[2], all[3], all[40], all[41]), (0xFF, 0, 0, 0xFF));
+    }
+
+    #[test]
+    fn a_region_of_two_mappings_is_one() {
+        let ours = Region::shareable(9000).unwrap();
+        assert!(!ours.is_frozen().unwrap());
+        let given = || ours.file().unwrap().try_clone_to_owned().unwrap();
+        assert!(Region::adopt(given(), 9001).is_err());
+        let theirs = Region::adopt(given(), 9000).unwrap();
+        assert!(ours.is_frozen().unwrap());
+        assert_ne!(ours.addr(), theirs.addr());
+        ours.copy_in(8990, b"both ways ").unwrap();
+        let mut bytes = [0; 10];
+        theirs.copy_out(8990, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"both ways ");
+        let (one, other) = (ours.word(64).unwrap(), theirs.word(64).unwrap());
+        one.store(77, Relaxed);
+        assert_eq!(other.fetch_add(1, Relaxed), 77);
+        assert_eq!(one.load(Relaxed), 78);
+        drop(ours);
+        assert_eq!(one.load(Relaxed), 78, "a word keeps its memory");
+        for wrong in [1, 60, 8996, 9000, usize::MAX - 7] {
+            assert!(theirs.word(wrong).is_err(), "{wrong}");
+        }
+        assert!(Region::adopt(given_of(&Region::shareable(4096).unwrap()), 0).is_err());
+        assert!(Region::new(5).unwrap().file().is_none());
+    }
+
+    fn given_of(region: &Region) -> OwnedFd {
+        region.file().unwrap().try_clone_to_owned().unwrap()
     }
 
     #[test]
