@@ -18,6 +18,9 @@ use std::sync::atomic::Ordering;
 /// Bytes a ring holds.
 pub(super) const CAPACITY: usize = 128 << 10;
 const CAPACITY_WORD: u64 = CAPACITY as u64;
+/// The same, as a note says it.
+pub(super) const RING_BYTES: u32 = 128 << 10;
+const _: () = assert!(RING_BYTES as usize == CAPACITY);
 /// Bytes copied at once between a ring and a region: no slice of either exists.
 const STEP: usize = 1024;
 
@@ -201,6 +204,7 @@ impl Reader {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // bytes of patterns
 mod tests {
     use super::*;
     use std::collections::VecDeque;

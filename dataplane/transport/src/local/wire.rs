@@ -13,7 +13,7 @@
 use super::area::{AREA_BYTES, Area, DATA, ROOM, SLOTS};
 use super::note::{Found, Inbox, Note};
 use super::reach::{Budget, Reach};
-use super::ring::CAPACITY;
+use super::ring::{CAPACITY, RING_BYTES};
 use super::share::{Allowed, Shares, SharingRegistrar};
 use crate::channel::{Armed, Registrar};
 use crate::region_table::{RegionTable, Wanted};
@@ -71,7 +71,7 @@ impl LocalWire {
         let area = Region::shareable(AREA_BYTES)?;
         // Where the kernel may not copy for us, nothing is shared.
         let regions_max = if PeerRegion::is_possible() { u32::from(SLOTS) } else { 0 };
-        let note = Note::Area { ring_bytes: CAPACITY as u32, regions_max, bytes_max };
+        let note = Note::Area { ring_bytes: RING_BYTES, regions_max, bytes_max };
         note.send(socket.as_fd(), area.file())?;
         let reach = Reach::new(area.without_file(), Arc::clone(budget), Allowed { regions_max, bytes_max });
         Self::new(Arc::new(socket), Side::Server(reach), Some(area))
@@ -123,7 +123,7 @@ impl LocalWire {
             (Note::Area { ring_bytes, regions_max, bytes_max }, Side::Client(shares))
                 if self.area.is_none() =>
             {
-                if ring_bytes as usize != CAPACITY {
+                if ring_bytes != RING_BYTES {
                     return Err(Ending::Misbehaved("its rings have another length"));
                 }
                 let descriptor = descriptor.ok_or_else(|| {

@@ -42,7 +42,7 @@ pub(super) fn create(name: &str, len: usize) -> io::Result<OwnedFd> {
 pub(super) fn sealed_len(file: BorrowedFd<'_>) -> io::Result<u64> {
     let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     // Also hugetlbfs has seals; there a page may lack when it is touched.
-    if i64::from(rustix::fs::fstatfs(file)?.f_type) != IN_MEMORY[0] {
+    if rustix::fs::fstatfs(file)?.f_type != IN_MEMORY[0] {
         return refused("a descriptor that is no memory file");
     }
     // Only memory files can have these: so it is not of a mounted tmpfs, which can be full.
