@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// Longest look.
 const LOOK_MAX: Duration = Duration::from_micros(100);
+/// The same where the peer is a process of this host: one that runs answers sooner, and one that does not must be woken.
+const LOOK_MAX_LOCAL: Duration = Duration::from_micros(30);
 /// So many requests in a row must have been alone before one is looked for: others may be held up by who looks.
 const ALONE_MIN: u32 = 8;
 /// Looks between two looks at the clock.
@@ -46,7 +48,8 @@ pub(super) struct Prompt {
 impl Prompt {
     pub(super) fn new(can: Capabilities) -> Self {
         let (cheap, gives_way) = (can.cheap_poll, can.gives_way);
-        Self { cheap, gives_way, spin: Spin::new(LOOK_MAX), alone: 0, watched: false, used: false }
+        let spin = Spin::new(if gives_way { LOOK_MAX } else { LOOK_MAX_LOCAL });
+        Self { cheap, gives_way, spin, alone: 0, watched: false, used: false }
     }
 
     /// A request was sent. Tells how long its answer may be looked for, if its caller does that.

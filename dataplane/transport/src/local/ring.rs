@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 /// Bytes a ring holds.
 pub(super) const CAPACITY: usize = 128 << 10;
 const CAPACITY_WORD: u64 = CAPACITY as u64;
-/// As it is told to the client.
+/// The same, as a note says it.
 pub(super) const RING_BYTES: u32 = 128 << 10;
 const _: () = assert!(RING_BYTES as usize == CAPACITY);
 /// Bytes copied at once between a ring and a region: no slice of either exists.
@@ -204,7 +204,7 @@ impl Reader {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation)] // patterns of bytes
+#[allow(clippy::cast_possible_truncation)] // bytes of patterns
 mod tests {
     use super::*;
     use std::collections::VecDeque;

@@ -123,7 +123,7 @@ impl LocalWire {
             (Note::Area { ring_bytes, regions_max, bytes_max }, Side::Client(shares))
                 if self.area.is_none() =>
             {
-                if ring_bytes as usize != CAPACITY {
+                if ring_bytes != RING_BYTES {
                     return Err(Ending::Misbehaved("its rings have another length"));
                 }
                 let descriptor = descriptor.ok_or_else(|| {

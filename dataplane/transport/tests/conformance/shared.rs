@@ -284,7 +284,7 @@ impl RawClient {
     }
 
     #[track_caller]
-    fn ends_dropped(mut self, what: &str) {
+    fn expect_dropped(mut self, what: &str) {
         misbehaved(&mut self.server, what);
     }
 }
@@ -314,7 +314,7 @@ fn notes_that_make_no_sense_end_the_channel() {
     for (what, bytes) in cases {
         let (raw, _area) = RawClient::ready();
         raw.tell(&bytes, None);
-        raw.ends_dropped(what);
+        raw.expect_dropped(what);
     }
 }
 
@@ -323,7 +323,7 @@ fn an_area_that_is_not_frozen_is_not_touched() {
     // It only says that it is ready.
     let raw = RawClient::silent();
     raw.tell(&note(2, 0, 0, 0, 0, 0), None);
-    raw.ends_dropped("not frozen");
+    raw.expect_dropped("not frozen");
     // It has made a hole first.
     let mut raw = RawClient::silent();
     let area = raw.area.take().unwrap();
@@ -332,7 +332,7 @@ fn an_area_that_is_not_frozen_is_not_touched() {
     let seals = rustix::fs::SealFlags::FUTURE_WRITE | rustix::fs::SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&area, seals).unwrap();
     raw.tell(&note(2, 0, 0, 0, 0, 0), None);
-    raw.ends_dropped("a hole");
+    raw.expect_dropped("a hole");
     // One that never says anything holds nobody up, and its end is seen.
     let mut raw = RawClient::silent();
     raw.server.send(1, b"waits");
@@ -353,16 +353,16 @@ fn only_sealed_memory_files_are_mapped() {
     for (what, file) in [("it may shrink", loose.as_fd()), ("a pipe", pipe.as_fd()), ("null", null.as_fd())] {
         let (raw, _area) = RawClient::ready();
         raw.tell(&region(64), Some(file));
-        raw.ends_dropped(what);
+        raw.expect_dropped(what);
     }
     let short = Region::shareable(4096).unwrap();
     let (raw, _area) = RawClient::ready();
     raw.tell(&region(4097), short.file());
-    raw.ends_dropped("shorter than it says");
+    raw.expect_dropped("shorter than it says");
     let (raw, _area) = RawClient::ready();
     raw.tell(&region(64), short.file());
     raw.tell(&region(64), short.file());
-    raw.ends_dropped("two of one key");
+    raw.expect_dropped("two of one key");
     // Without a descriptor, which may be lost on the way, there is none, and no harm.
     let (mut raw, _area) = RawClient::ready();
     raw.tell(&region(64), None);
@@ -387,7 +387,7 @@ fn words_of_a_client_that_make_no_sense_end_the_channel() {
             raw.server.send(token, &full);
         }
         raw.tell(&note(3, 0, 0, 0, 0, 0), None);
-        raw.ends_dropped(what);
+        raw.expect_dropped(what);
     }
 }
 
@@ -401,7 +401,7 @@ fn frames_of_noise_in_a_ring_end_the_channel() {
         drive(&mut [&mut raw.server], |ends| ends[0].has_ended());
         // It goes on scribbling over all there is: nobody minds any more.
         area.copy_in(0, &pattern(seed, AREA_BYTES)).unwrap();
-        raw.ends_dropped("noise");
+        raw.expect_dropped("noise");
     }
 }
 
