@@ -343,17 +343,28 @@ async fn receive(
     Ok(Some((from_cbor(bytes, LINK_PACKET_BYTES_MAX)?, descriptor)))
 }
 
-async fn send(socket: &AsyncFd<OwnedFd>, packet: &LinkPacket) -> Result<(), LinkError> {
-    let mut bytes = to_cbor(&packet.message);
-    let direct = packet.descriptor.as_ref().filter(|_| direct::is_wanted(&packet.message));
-    let direct = direct.and_then(|file| match direct::reopen(file) {
-        Ok(direct) => Some(direct),
-        Err(error) => {
-            // Its volume's files are served all the same. Which file it is the operator sees from the bind that follows.
-            tracing::debug!(%error, "no direct I/O for a file: it is served through the page cache");
+/// Another description of the file for direct I/O, if it can be had; its volume's files are served all the same.
+async fn second(file: Arc<OwnedFd>) -> Option<OwnedFd> {
+    // A disk that hangs must not hold up those who run beside it.
+    match tokio::task::spawn_blocking(move || direct::reopen(&*file)).await {
+        Ok(Ok(direct)) => Some(direct),
+        Ok(Err(error)) => {
+            static LOGGED: std::sync::Once = std::sync::Once::new();
+            LOGGED.call_once(|| {
+                tracing::warn!(%error, "a file can't be opened for direct I/O, and is served through the page cache (said once)");
+            });
             None
         }
-    });
+        Err(_) => None,
+    }
+}
+
+async fn send(socket: &AsyncFd<OwnedFd>, packet: &LinkPacket) -> Result<(), LinkError> {
+    let mut bytes = to_cbor(&packet.message);
+    let direct = match packet.descriptor.as_ref().filter(|_| direct::is_wanted(&packet.message)) {
+        Some(file) => second(Arc::clone(file)).await,
+        None => None,
+    };
     let write = |fd: &OwnedFd| {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = SendAncillaryBuffer::new(&mut space);

@@ -241,13 +241,13 @@ fn volumes(config: &Config, cluster: ClusterId) -> anyhow::Result<OpenVolumes> {
         let opened = Volume::open(&volume.directory).with_context(|| {
             format!("volume {:?}: {} (openat2 and /proc are needed)", volume.name, volume.directory.display())
         })?;
-        let files = opened.files();
+        let files = opened.files(volume.is_direct());
         let mut rule = rules_of(volume, cluster)?;
         if rule.direct && files.direct == Direct::Impossible {
             tracing::warn!(
                 volume = volume.name,
                 file_system = files.file_system,
-                "file_io = \"direct\", and this file system has no direct I/O: files are served through the page cache"
+                "file_io = \"direct\", and this file system has no direct I/O, or none that can be relied on: files are served through the page cache"
             );
             rule.direct = false;
         }

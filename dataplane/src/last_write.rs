@@ -29,6 +29,8 @@ pub fn last_write_path(link: &Path) -> PathBuf {
 /// How long after its begin a write may still change a file's times. What somebody else does within it, after a write that
 /// did not return because both planes died, is not told from that write.
 const AHEAD_NS: u64 = 100_000_000;
+/// The same for a write past the page cache, which may wait for others at the disk before it stamps the file.
+const AHEAD_DIRECT_NS: u64 = 2_000_000_000;
 
 /// Of one data plane. Until [`LastWrite::keep_in`] it is kept nowhere.
 #[derive(Debug, Default)]
@@ -87,9 +89,18 @@ impl LastWrite {
 
     /// A write is about to be made: to be called before it, and [`Writing::returned`] after it.
     pub(crate) fn begin(&self) -> Writing<'_> {
+        self.begin_ahead(AHEAD_NS)
+    }
+
+    /// As [`LastWrite::begin`], past the page cache.
+    pub(crate) fn begin_direct(&self) -> Writing<'_> {
+        self.begin_ahead(AHEAD_DIRECT_NS)
+    }
+
+    fn begin_ahead(&self, ns: u64) -> Writing<'_> {
         self.under_way.fetch_add(1, Ordering::AcqRel);
         if let Some(word) = self.word.get() {
-            word.raise(wall_clock_ns().saturating_add(AHEAD_NS));
+            word.raise(wall_clock_ns().saturating_add(ns));
         }
         Writing(self)
     }

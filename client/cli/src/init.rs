@@ -259,7 +259,7 @@ mac_policy = {}
 # taken back by locks, shares or fences: for hosts whose users you trust. Unless it is set, an immutable volume does so.
 #local_descriptors = false
 # \"cached\": files are read and written through the page cache. \"direct\": past it, straight between disk and buffers, what is
-# aligned (databases, files much larger than memory); where the file system can.
+# aligned (databases, files much larger than memory); on a local disk. Stop the server before you change it.
 #file_io = \"cached\"
 
 # Who may use the volume. The principal is the client certificate's SAN (or its CN); access is \"read\" or \"read-write\".

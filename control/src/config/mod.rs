@@ -177,6 +177,16 @@ impl Config {
                     path.display()
                 ));
             }
+            // Direct writes leave pages behind that a cached volume may have mapped or pinned.
+            let other = self.volumes.iter().find(|other| {
+                other.is_direct() != volume.is_direct() && is_beneath(&other.directory, &volume.directory)
+            });
+            if let Some(other) = other {
+                return Err(format!(
+                    "volumes {name:?} and {:?} have files in common, and only one of them file_io = \"direct\"",
+                    other.name
+                ));
+            }
             if !names.insert(name) {
                 return Err(format!("volume {name:?} is there twice"));
             }
@@ -258,6 +268,11 @@ mod tests {
             ("[journal]\ndirectory = 'data'\n[[volume]]\nname='a'\ndirectory='data'", "server's own"),
             ("[tls]\nkey = 'data/server.key'\n[[volume]]\nname='a'\ndirectory='data'", "server's own"),
             ("[[volume]]\nname='a'\ndirectory='data'\nid='xyz'", "32 hex"),
+            (
+                "[[volume]]\nname='a'\ndirectory='data'\n[[volume]]\nname='b'\ndirectory='data'\nfile_io='direct'",
+                "only one of them",
+            ),
+            ("[[volume]]\nname='a'\ndirectory='data'\nfile_io='fast'", "fast"),
             ("[[volume]]\nname='a'\ndirectory='data'\n[[volume]]\nname='a'\ndirectory='data'", "twice"),
         ] {
             let error = load(text).unwrap_err();

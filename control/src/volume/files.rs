@@ -16,8 +16,6 @@ const NAMES: [(i64, &str); 9] = [
     (0x6969, "nfs"),
     (0x6573_5546, "fuse"),
 ];
-/// Those that are memory and nothing else: direct I/O means nothing there.
-const IN_MEMORY: [&str; 2] = ["tmpfs", "ramfs"];
 
 /// See the module's text.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -35,20 +33,25 @@ pub enum Direct {
     Blocks(u32),
     /// Yes, and the kernel does not tell how it must be aligned.
     Possible,
-    /// No.
+    /// No, or none that can be relied on.
     Impossible,
-    /// No file could be made to try it: the volume can't be written.
+    /// It was not tried: nobody asks for it, or the volume can't be written.
     Untried,
 }
 
 impl Volume {
-    /// Looks at the file system; makes a file without a name for that, if it may.
-    pub fn files(&self) -> Files {
+    /// Looks at the file system. `try_direct`: makes a file without a name for that, if it may; blocks as that does.
+    pub fn files(&self, try_direct: bool) -> Files {
         let kind = rustix::fs::fstatfs(&self.root).map_or(0, |fs| fs.f_type);
         let name = NAMES.iter().find_map(|(number, name)| (*number == kind).then_some(*name));
         let file_system = name.map_or_else(|| format!("{kind:#x}"), str::to_owned);
-        let direct =
-            if IN_MEMORY.contains(&file_system.as_str()) { Direct::Impossible } else { self.direct() };
+        let direct = if !crate::direct::is_local(kind) {
+            Direct::Impossible
+        } else if try_direct {
+            self.direct()
+        } else {
+            Direct::Untried
+        };
         Files { file_system, direct }
     }
 
@@ -81,13 +84,16 @@ mod tests {
     #[test]
     fn a_directory_on_disk_and_one_in_memory_are_told_apart() {
         let directory = tempfile::tempdir().unwrap();
-        let files = Volume::open(directory.path()).unwrap().files();
-        let memory = IN_MEMORY.contains(&files.file_system.as_str());
-        assert_eq!(memory, files.direct == Direct::Impossible, "{files:?}");
+        let volume = Volume::open(directory.path()).unwrap();
+        let files = volume.files(true);
+        // On most disks; on some there is no direct I/O.
+        assert!(files.file_system != "tmpfs" || files.direct == Direct::Impossible, "{files:?}");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left");
-        let shm = Volume::open(std::path::Path::new("/dev/shm")).unwrap().files();
-        assert_eq!(shm, Files { file_system: "tmpfs".into(), direct: Direct::Impossible });
-        let proc = Volume::open(std::path::Path::new("/proc")).unwrap().files();
-        assert_eq!(proc, Files { file_system: "0x9fa0".into(), direct: Direct::Untried });
+        assert!(
+            matches!(volume.files(false).direct, Direct::Untried | Direct::Impossible),
+            "nobody asks for it"
+        );
+        let proc = Volume::open(std::path::Path::new("/proc")).unwrap().files(true);
+        assert_eq!(proc, Files { file_system: "0x9fa0".into(), direct: Direct::Impossible });
     }
 }

@@ -58,7 +58,9 @@ impl DirectIo {
 
     /// True if an operation on so many bytes at `address` and `at` in the file can go this way.
     pub fn fits(&self, address: u64, length: usize, at: u64) -> bool {
-        length > 0 && self.rounded(length) == length && self.begins(address, at)
+        // What the kernel takes for an offset is signed.
+        let end = at.checked_add(length as u64).is_some_and(|end| i64::try_from(end).is_ok());
+        length > 0 && end && self.rounded(length) == length && self.begins(address, at)
     }
 
     /// True if one can that begins there, should its length be [rounded](DirectIo::rounded).
@@ -77,8 +79,8 @@ impl DirectIo {
     /// now on.
     pub fn refuses(&self, error: &io::Error) -> bool {
         let refuses = matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::OPNOTSUPP));
-        if refuses {
-            self.refused.store(true, Ordering::Relaxed);
+        if refuses && !self.refused.swap(true, Ordering::Relaxed) {
+            tracing::warn!(%error, "direct I/O of a file is refused: it is served through the page cache");
         }
         refuses
     }
@@ -96,7 +98,7 @@ mod tests {
         assert!(direct.fits(512, 8192, 4096));
         assert!(!direct.fits(511, 8192, 4096) && !direct.fits(512, 8191, 4096));
         assert!(!direct.fits(512, 8192, 512) && !direct.fits(512, 0, 0));
-        assert!(direct.begins(1024, 0));
+        assert!(direct.begins(1024, 0) && !direct.fits(0, 8192, (1 << 63) - 4096), "beyond the last offset");
         assert_eq!(
             (direct.rounded(1), direct.rounded(4096), direct.rounded(usize::MAX)),
             (4096, 4096, usize::MAX)

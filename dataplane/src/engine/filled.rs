@@ -45,6 +45,11 @@ impl Filled {
         self.0.iter().flatten().find(|piece| piece.at == at)
     }
 
+    /// True if the file ends behind one of them.
+    pub(super) fn has_last(&self) -> bool {
+        self.0.iter().flatten().any(|piece| piece.is_last)
+    }
+
     /// Any piece.
     pub(super) fn pop(&mut self) -> Option<Piece> {
         self.0.iter_mut().find_map(Option::take)

@@ -7,8 +7,8 @@
 //!                             └────────────── revive, or next once fed ◄──┘
 //! ```
 //!
-//! A request that lacked a buffer waits among the *hungry*, so that what needs no buffer (answers, inline writes,
-//! flushes) goes on meanwhile. The channel is *starved* from the first miss until it is fed. Each slot is in at most
+//! A request that lacked a buffer waits among the *hungry*, so that what needs no buffer (answers, flushes, inline
+//! writes through the page cache) goes on meanwhile. The channel is *starved* from the first miss until it is fed. Each slot is in at most
 //! one of the two lists.
 
 use std::collections::VecDeque;

@@ -313,6 +313,12 @@ impl Conn {
                 Ask::Unbind => Step::Next,
             },
         };
+        if self.phase != Phase::Open {
+            // It was not there when the others gave back what they had.
+            while let Some(piece) = request.filled.pop() {
+                self.give(piece.buffer);
+            }
+        }
         self.requests[usize::from(slot)] = Some(request);
         step
     }
@@ -344,6 +350,7 @@ impl Conn {
         count: u32,
         digest: Option<&[u8; TAG_BYTES]>,
     ) {
+        debug_assert!(request.storage == 0 && request.filled.is_empty(), "its slot is given away");
         match request.ask {
             Ask::Read => cx.gauges.bytes_read_total.add(u64::from(count)),
             Ask::Write => cx.gauges.bytes_written_total.add(u64::from(count)),

@@ -1,7 +1,7 @@
 //! A worker's ring: direct reads that no thread waits for.
 //!
 //! ```text
-//!   read that fits ─► slot ─► FileRing ─► device ─► done, by number ─┬─ all of it, or an error ─► Done
+//!   read that fits ─► entry ─► FileRing ─► device ─► done, by number ─┬─ all of it, or an error ─► Done
 //!                                                                  └─ part of it ───────────► a storage thread does the rest
 //! ```
 //!
@@ -13,6 +13,7 @@ use crate::gauges::Gauges;
 use crate::limiter::Limiter;
 use holdfast_verbs::file_ring::{FileRing, Refused};
 use holdfast_verbs::memory::Pool;
+use rustix::io::Errno;
 use slab::Slab;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -96,8 +97,10 @@ impl StorageRing {
                     Progress::Complete(length)
                 }
                 Err(error) => {
-                    let again = error.kind() == io::ErrorKind::WouldBlock
-                        || job.file.direct().is_some_and(|direct| direct.refuses(&error));
+                    let again = matches!(
+                        Errno::from_io_error(&error),
+                        Some(Errno::AGAIN | Errno::INTR | Errno::CANCELED)
+                    ) || job.file.direct().is_some_and(|direct| direct.refuses(&error));
                     if again {
                         return Some(Err(job));
                     }

@@ -74,7 +74,10 @@ fn run(mut job: Job, last_write: &LastWrite, gauges: &Gauges) -> Done {
     let length = job.range.len();
     let mut done = job.done;
     let mut failed = None;
-    let writing = (job.work == Work::Write).then(|| last_write.begin());
+    let writing = (job.work == Work::Write).then(|| match job.file.direct() {
+        Some(_) => last_write.begin_direct(),
+        None => last_write.begin(),
+    });
     match (job.work, job.buffer.as_mut()) {
         (Work::Flush { data_only }, _) => {
             failed = match &job.latch {
@@ -91,10 +94,14 @@ fn run(mut job: Job, last_write: &LastWrite, gauges: &Gauges) -> Done {
                     job.file.read(&mut piece[done..], at)
                 } else {
                     let piece = &piece[done..];
-                    if job.file.direct().is_some_and(|d| d.fits(piece.as_ptr() as u64, piece.len(), at)) {
+                    let fits =
+                        || job.file.direct().is_some_and(|d| d.fits(piece.as_ptr() as u64, piece.len(), at));
+                    let (fitted, written) = (fits(), job.file.write(piece, at));
+                    // Not if it was refused.
+                    if fitted && written.is_ok() && fits() {
                         gauges.writes_direct_total.add(1);
                     }
-                    job.file.write(piece, at)
+                    written
                 };
                 match moved {
                     Ok(0) if work == Work::Read => break,

@@ -1,7 +1,7 @@
 //! Moving the bytes of a request: reads, writes and inline writes, piece by piece.
 //!
 //! ```text
-//!  read:   [ buffer ─► page cache or storage ─► Place ]… one after another ─► reply, right behind the last Place
+//!  read:   [ buffer ─► page cache or storage ─► Place ]… placed one after another ─► reply, right behind the last Place
 //!  long read of pinned pages: see `place`; client on this host: see `straight`
 //!  write:  [ buffer ─► Fetch ─► page cache or storage ]… several at once ───► reply
 //!  inline: message buffer ─► page cache or storage ─────────────────────────► reply
@@ -120,7 +120,8 @@ impl Conn {
         let file = request.binding.and_then(|name| self.bindings.get(name)?.file.as_ref());
         let ahead =
             file.and_then(|file| file.direct()).is_some_and(|direct| direct.begins(0, request.offset));
-        if !ahead {
+        // Behind the end of the file there is nothing to be had.
+        if !ahead || request.filled.has_last() {
             return false;
         }
         let max = AHEAD.min(cx.settings.engine.fetches.into());

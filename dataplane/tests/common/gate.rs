@@ -1,7 +1,7 @@
 //! Storage that waits, or fails, when a test wants it to.
 
 use super::Rig;
-use holdfast_dataplane::engine::{FileIo, KernelFile, Opener};
+use holdfast_dataplane::engine::{DirectIo, FileIo, KernelFile, Opener};
 use holdfast_verbs::memory::Nowait;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -73,6 +73,9 @@ impl FileIo for Gated {
         self.file.sync(data_only)?;
         self.gate.synced.store(true, Ordering::SeqCst);
         Ok(())
+    }
+    fn direct(&self) -> Option<&DirectIo> {
+        self.file.direct()
     }
     fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.descriptor()

@@ -44,7 +44,7 @@ struct UnderWay {
     _file: Arc<OwnedFd>,
 }
 
-/// A queue pair with the kernel for file I/O; for one thread at a time.
+/// Two queues shared with the kernel; for one thread at a time.
 pub struct FileRing {
     ring: IoUring,
     /// By number; the kernel hands the number back.
@@ -67,7 +67,13 @@ impl FileRing {
     /// The kernel's: it may be too old, or be told not to allow it (`kernel.io_uring_disabled`, containers).
     pub fn new(depth: u32) -> io::Result<Self> {
         let depth = depth.clamp(1, 4096);
-        let ring = IoUring::builder().dontfork().build(depth)?;
+        let mut ring = IoUring::builder().dontfork().build(depth)?;
+        // Whatever forbids its use shows now, and not when somebody waits for it.
+        // SAFETY: it names no memory and no descriptor.
+        unsafe { ring.submission().push(&opcode::Nop::new().build()) }
+            .map_err(|_| io::Error::other("a ring without room"))?;
+        ring.submit_and_wait(1)?;
+        ring.completion().next();
         Ok(Self {
             ring,
             under_way: (0..depth).map(|_| None).collect(),
@@ -188,11 +194,6 @@ impl FileRing {
         let outcome = usize::try_from(entry.result())
             .map_err(|_| io::Error::from_raw_os_error(entry.result().saturating_neg()));
         Some(Done { token: taken.token, buffer: taken.buffer, outcome })
-    }
-
-    /// True if [`FileRing::take_done`] has something to give. No system call.
-    pub fn has_done(&mut self) -> bool {
-        !self.ring.completion().is_empty()
     }
 }
 
