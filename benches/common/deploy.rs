@@ -43,6 +43,9 @@ pub struct Server {
     serve: Child,
 }
 
+/// What `init` writes.
+const ONE_SIDED: &str = "one_sided = \"auto\"";
+
 impl Server {
     /// Starts it, with a file of [`FILE_BYTES`] in the page cache. What $HOLDFAST_BENCH_DATAPLANE holds is added to
     /// `dataplane.toml`.
@@ -98,11 +101,12 @@ impl Server {
         let text = std::fs::read_to_string(&path).expect("client.toml");
         let old =
             text.lines().find(|line| line.starts_with("server = ")).expect("client.toml names the server");
+        assert!(text.contains(ONE_SIDED), "client.toml says how hot files are read");
         std::fs::write(
             &path,
             text.replace(old, &format!("server = \"{listen}\""))
                 // What is measured as served is to be served.
-                .replace("one_sided = \"auto\"", "one_sided = \"off\""),
+                .replace(ONE_SIDED, "one_sided = \"off\""),
         )
         .expect("client.toml");
         server

@@ -211,10 +211,11 @@ impl Binding {
     pub async fn unbind(&self) -> Result<()> {
         let Some(claim) = Claim::take(&self.inner.unbound) else { return Ok(()) };
         let seat = self.inner.seat.load_full();
-        seat.end_hot();
         let outcome = match seat.channel.submit(Some(&seat.core), Request::Unbind, Purpose::Unbind).await {
             Ok(reply) => {
                 claim.keep();
+                // The server withdraws with the binding what was mapped of it.
+                seat.end_hot();
                 reply.count().await.map(drop)
             }
             Err(error) => Err(error),

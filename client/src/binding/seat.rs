@@ -106,6 +106,8 @@ impl Seat {
             if piece.write {
                 hot.wrote(piece);
             } else if let Some(read) = hot.read(&self.channel, &self.core, piece, prompt) {
+                // Its answer is looked for on this thread, and often found: who reads and reads lets others run all the same.
+                tokio::task::coop::consume_budget().await;
                 return Ok(UnderWay::Hot(read));
             }
         }

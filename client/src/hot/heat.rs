@@ -304,6 +304,15 @@ impl<M: Clone> Heat<M> {
         self.limited_until_ms = now_ms + cooling_ms(self.limited);
     }
 
+    /// The mapping that is being made is not wanted any more.
+    pub(super) fn forget_making(&mut self) {
+        for extent in &mut self.extents {
+            if matches!(extent.state, State::Making) {
+                extent.state = cold();
+            }
+        }
+    }
+
     /// Lets every mapping go.
     pub(super) fn clear(&mut self) -> Vec<M> {
         let mut let_go = Vec::new();

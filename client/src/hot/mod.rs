@@ -31,7 +31,7 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-/// Mappings of one binding. And never more than half of what its channel may have: the rest is the application's.
+/// Mappings of one binding. And at most half of what its channel may have, so that the application finds a place.
 const MAPPINGS_MAX: usize = 8;
 
 /// The mappings of a seat, and what is known of its file.
@@ -41,6 +41,8 @@ pub(crate) struct Hot {
     off: AtomicBool,
     /// The server has said that it never will be.
     never: AtomicBool,
+    /// Something was mapped.
+    ever: AtomicBool,
     /// The time is counted from there.
     begun: Instant,
     /// Longest wait for a lane.
@@ -77,13 +79,13 @@ impl Hot {
         let granted = usize::try_from(channel.facts.mappings_max).unwrap_or(usize::MAX);
         let possible = config.one_sided == OneSided::Auto
             && channel.identity.transport == TransportKind::Verbs
-            && granted > 0
+            && granted > 1
             && core.access.contains(Access::READ)
             && !core.policy.covers_payload();
         if !possible || old.is_some_and(|old| old.never.load(Ordering::Acquire)) {
             return None;
         }
-        let mapped_max = (granted / 2).clamp(1, MAPPINGS_MAX);
+        let mapped_max = (granted / 2).min(MAPPINGS_MAX);
         let (heat, begun) = match old {
             None => (Heat::new(mapped_max), Instant::now()),
             Some(old) => (old.succeeded(mapped_max), old.begun),
@@ -92,6 +94,7 @@ impl Hot {
             heat: Mutex::new(heat),
             off: AtomicBool::new(false),
             never: AtomicBool::new(false),
+            ever: AtomicBool::new(false),
             begun,
             wait: config.connect_max(),
         });
@@ -167,6 +170,8 @@ impl Hot {
         let now = self.now_ms();
         let mut heat = self.heat.lock();
         heat.limit(now);
+        // What is being made has a place too: it is given back as soon as it is there.
+        heat.forget_making();
         heat.clear()
     }
 
@@ -177,7 +182,8 @@ impl Hot {
     fn succeeded(&self, mapped_max: usize) -> Heat<Mapping> {
         self.off.store(true, Ordering::Release);
         let (heat, let_go) = self.heat.lock().succeed(self.now_ms(), mapped_max);
-        let_go.iter().for_each(Mapping::leave);
+        // Reads under way there are made again at once, by the new one.
+        let_go.iter().for_each(Mapping::cut);
         heat
     }
 
@@ -221,6 +227,7 @@ impl Making {
         match outcome {
             Ok(mapping) => {
                 tracing::debug!(?mapping, "hot: read one-sided from now on");
+                hot.ever.store(true, Ordering::Release);
                 let end = offset.saturating_add(mapping.len());
                 let unwanted = hot.heat.lock().made(now, self.number, mapping, end);
                 drop(unwanted);
@@ -234,7 +241,8 @@ impl Making {
                 tracing::debug!(%error, offset, "hot, and not mapped");
                 let why = match &error {
                     Error::Refused(refusal) => match refusal.status {
-                        Status::Unsupported | Status::AccessDenied => {
+                        // Who was granted something before has met a moment, not a rule.
+                        Status::Unsupported | Status::AccessDenied if !hot.ever.load(Ordering::Acquire) => {
                             hot.never.store(true, Ordering::Release);
                             hot.off.store(true, Ordering::Release);
                             Refused::Limit

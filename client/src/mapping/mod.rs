@@ -78,6 +78,11 @@ struct Inner {
     _driver: oneshot::Sender<()>,
 }
 
+/// How often a mapping that the application wants is tried again when those that the library has made were in its way, and how long
+/// one of these may take to be given back.
+const ROOM_TRIALS: u32 = 4;
+const ROOM_PAUSE: Duration = Duration::from_millis(20);
+
 impl Binding {
     /// Maps a range of the file for one-sided reads; what lies beyond the file's end is left out. The server pins all of it
     /// in memory, which takes time for much, and counts it against the limits of this client's channel. Waits while the file's
@@ -97,7 +102,7 @@ impl Binding {
         let config = open.session().config();
         let (wait, mut patience, mut backoff) =
             (config.connect_max(), Patience::new(config), Backoff::control());
-        let (mut trials, mut room) = (None, false);
+        let (mut trials, mut room) = (None, 0);
         loop {
             open.inner.gate.check()?;
             let seat = self.seat();
@@ -112,8 +117,12 @@ impl Binding {
                     patience.pause("a mapping", backoff.next()).await?;
                 }
                 // What the library has mapped by itself is not in the application's way.
-                Err(error) if error.status() == Some(Status::TooMany) && !room => {
-                    room = true;
+                Err(error) if error.status() == Some(Status::TooMany) && room < ROOM_TRIALS => {
+                    // What was being made is given back when it is there.
+                    if room > 0 {
+                        tokio::time::sleep(ROOM_PAUSE).await;
+                    }
+                    room += 1;
                     for mapping in seat.channel.make_room() {
                         let _ = mapping.unmap().await;
                     }
@@ -264,7 +273,7 @@ impl Mapping {
 
 impl Inner {
     fn is_live(&self) -> bool {
-        !self.unmapped.load(Ordering::Acquire) && self.core.fenced().is_none()
+        !self.unmapped.load(Ordering::Acquire) && self.core.fenced().is_none() && !self.core.has_ended()
     }
 }
 

@@ -73,7 +73,8 @@ impl Trials {
         if binding.is_unbound() {
             seat.channel.unbind_later(Arc::clone(&seat.core));
         }
-        // On a channel that lives, its number goes back.
+        // On a channel that lives, its number goes back, and nothing is read by what it was given.
+        failed.core.end();
         failed.channel.unbind_later(Arc::clone(&failed.core));
         Ok(())
     }

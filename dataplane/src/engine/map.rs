@@ -214,6 +214,11 @@ impl Conn {
                     }
                 }
             }
+            // Bytes were taken away meanwhile: that is over soon, whatever it made of the mapping.
+            (_, Ok(()), _) if making.is_spoiled() => {
+                self.maps.forget(bytes);
+                Status::Unavailable
+            }
             (outcome, _, _) => {
                 self.maps.forget(bytes);
                 outcome.err().unwrap_or(Status::NotBound)

@@ -271,7 +271,10 @@ fn map_all(jobs: &Receiver<Expose>, lanes: &Lanes, inboxes: &[Arc<Inbox>]) {
                 .map(|exposed| (exposed, reserved))
                 .map_err(|error| {
                     tracing::debug!(%error, ?range, "a range cannot be mapped");
-                    status_of(&error)
+                    // Shorter than when it was looked at: to be asked for again.
+                    let shrunk = rustix::fs::fstat(file.descriptor())
+                        .is_ok_and(|stat| u64::try_from(stat.st_size).unwrap_or(0) < range.end());
+                    if shrunk { Status::Unavailable } else { status_of(&error) }
                 }),
             // No such lane, or it has waited too long.
             _ => Err(Status::Invalid),
@@ -307,7 +310,7 @@ fn withdraw_all(jobs: &Receiver<WithdrawJob>, inboxes: &[Arc<Inbox>]) {
 
 fn status_of(error: &io::Error) -> Status {
     match Errno::from_io_error(error) {
-        // The file has shrunk this moment, or the kernel pins no file's pages for reading.
+        // The kernel pins no file's pages for reading.
         Some(Errno::FAULT | Errno::NODEV | Errno::OPNOTSUPP) => Status::Unsupported,
         Some(Errno::NOMEM | Errno::AGAIN | Errno::PERM) => Status::TooMany,
         Some(Errno::ACCESS) => Status::AccessDenied,
