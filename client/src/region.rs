@@ -13,6 +13,9 @@ use std::sync::{Arc, Weak};
 /// Bytes of all regions of this process that live, and the most there ever were.
 static LIVING: AtomicU64 = AtomicU64::new(0);
 static LIVING_MAX: AtomicU64 = AtomicU64::new(0);
+/// Regions with a memory file, each an open descriptor. No server maps more of one channel.
+static SHAREABLE: AtomicU64 = AtomicU64::new(0);
+const SHAREABLE_MAX: u64 = 256;
 
 /// Memory of all regions of this process: see [`Region::memory`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +50,9 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         LIVING.fetch_sub(self.memory.len() as u64, Ordering::Relaxed);
+        if self.memory.file().is_some() {
+            SHAREABLE.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -56,12 +62,24 @@ impl Region {
     /// # Errors
     /// [`Error::Usage`] for a length outside, [`Error::Io`] if there is no memory.
     pub fn allocate(length: usize) -> Result<Self> {
+        // Only a server on this host can be given memory, and memory files are slower to pin for a device.
+        Self::of(length, local::in_use() && SHAREABLE.load(Ordering::Relaxed) < SHAREABLE_MAX)
+    }
+
+    /// As [`Region::allocate`], for what is used once: not worth a memory file.
+    pub(crate) fn private(length: usize) -> Result<Self> {
+        Self::of(length, false)
+    }
+
+    fn of(length: usize, shareable: bool) -> Result<Self> {
         if length == 0 || u32::try_from(length).is_err() {
             return Err(Error::Usage(format!("a region has 1 to {} bytes, not {length}", u32::MAX)));
         }
-        // Only a server on this host can be given memory, and memory files are slower to pin for a device. Without one (as of too many
-        // open files) it is served all the same.
-        let shareable = local::in_use().then(|| memory::Region::shareable(length).ok()).flatten();
+        // Without a file (as of too many open ones) it is served all the same.
+        let shareable = if shareable { memory::Region::shareable(length).ok() } else { None };
+        if shareable.is_some() {
+            SHAREABLE.fetch_add(1, Ordering::Relaxed);
+        }
         let memory = shareable
             .map_or_else(|| memory::Region::new(length), Ok)
             .map_err(|error| Error::io(format!("cannot allocate a region of {length} bytes"), error))?;

@@ -245,7 +245,7 @@ impl Binding {
         if length == 0 {
             return Ok(Vec::new());
         }
-        let region = Region::allocate(length)?;
+        let region = Region::private(length)?;
         let count = self.read_at(&region, 0..length, file_offset).await?;
         let mut bytes = vec![0; count];
         region.copy_out(0, &mut bytes)?;

@@ -139,6 +139,7 @@ impl Conn {
         cx.gauges.bindings.add(1);
         if !self.ever_bound {
             self.ever_bound = true;
+            self.transport.bound(true);
             cx.gauges.half_open_channels.sub(1);
             cx.door.leave(self.door);
             let credits = self.grow_buffers(cx, cx.settings.engine.credits.max(self.credits));

@@ -176,7 +176,8 @@ pub(crate) struct Conn {
 }
 
 impl Conn {
-    pub(crate) fn new(cx: &mut Cx, key: ConnKey, transport: Box<dyn Channel>, door: u64) -> Self {
+    pub(crate) fn new(cx: &mut Cx, key: ConnKey, mut transport: Box<dyn Channel>, door: u64) -> Self {
+        transport.bound(false);
         let credits = usize::from(cx.settings.engine.credits);
         let capabilities = transport.capabilities();
         let peer = transport.peer();

@@ -185,6 +185,12 @@ pub trait Channel: Send {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
+    /// Says whether the peer has proven that it may be here; until this is called it counts as if it had. Who has not gets none of
+    /// what all share: its memory is not mapped.
+    fn bound(&mut self, is_bound: bool) {
+        let _ = is_bound;
+    }
+
     /// Accepts an operation. It may stay queued until the next `poll`, so that several go out together.
     ///
     /// # Errors

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `listener` | the socket at a path |
 //! | `note` | what travels on the socket |
+//! | `foreign` | descriptors that came on it |
 //! | `area` | what lies where in the shared memory; who sleeps |
 //! | `ring` | bytes from one process to the other |
 //! | `share` | the client's regions, and how they are taken back |
@@ -24,6 +25,7 @@
 //! once, and checked before it is believed; docs/ARCHITECTURE.md says why it can't end this process either.
 
 mod area;
+mod foreign;
 mod listener;
 mod note;
 mod reach;

@@ -32,6 +32,8 @@ use std::sync::atomic::Ordering;
 const WITHDRAWN: u64 = 1 << 31;
 /// So many users a word counts.
 const USERS: u64 = WITHDRAWN - 1;
+/// Trials to enter a region whose word changes meanwhile.
+const ENTERS_MAX: u32 = 64;
 /// Looks at a word that is in use before the thread sleeps between them.
 const LOOKS: u32 = 200;
 /// How long then.
@@ -47,7 +49,8 @@ fn live(rkey: u32) -> u64 {
 /// suffers.
 pub(super) fn enter(word: &SharedWord, rkey: u32) -> Option<User<'_>> {
     let mut old = word.load(Ordering::Relaxed);
-    loop {
+    // A peer that stores there all the time is served by frames.
+    for _ in 0..ENTERS_MAX {
         if old & !USERS != live(rkey) || old & USERS == USERS {
             return None;
         }
@@ -56,6 +59,7 @@ pub(super) fn enter(word: &SharedWord, rkey: u32) -> Option<User<'_>> {
             Err(now) => old = now,
         }
     }
+    None
 }
 
 /// The region is in use; not any more when this is dropped.
@@ -143,15 +147,14 @@ impl Shares {
 
     /// Takes back all of them, for good.
     pub(super) fn close(&self) {
-        let entries = {
+        let words: Vec<SharedWord> = {
             let inner = &mut *self.inner.lock();
             inner.closed = true;
-            std::mem::take(&mut inner.entries)
+            // They stay where they are: who drops a registration meanwhile waits as well.
+            inner.entries.values().filter_map(|entry| Some(entry.slot.as_ref()?.1.clone())).collect()
         };
-        for entry in entries.values() {
-            if let Some((_, word)) = &entry.slot {
-                self.take_back(word);
-            }
+        for word in &words {
+            self.take_back(word);
         }
     }
 

@@ -11,6 +11,7 @@
 //! ```
 
 use super::area::{AREA_BYTES, Area, DATA, ROOM, SLOTS};
+use super::foreign::Foreign;
 use super::note::{Found, Inbox, Note};
 use super::reach::{Budget, Reach};
 use super::ring::{CAPACITY, RING_BYTES};
@@ -57,6 +58,10 @@ pub(crate) struct LocalWire {
     /// The peer has closed the socket; what it wrote before is still read.
     gone: bool,
     rounds: u32,
+    /// The peer has proven who it is.
+    is_bound: bool,
+    /// There was no room: who waits for it.
+    wants_room: bool,
 }
 
 impl LocalWire {
@@ -92,6 +97,8 @@ impl LocalWire {
             armed: false,
             gone: false,
             rounds: 0,
+            is_bound: true,
+            wants_room: false,
         })
     }
 
@@ -118,6 +125,7 @@ impl LocalWire {
     }
 
     fn noted(&mut self, note: Note, descriptor: Option<OwnedFd>) -> Result<(), Ending> {
+        let descriptor = descriptor.map(Foreign::new);
         match (note, &mut self.side) {
             (Note::Bell, _) => {}
             (Note::Area { ring_bytes, regions_max, bytes_max }, Side::Client(shares))
@@ -129,6 +137,8 @@ impl LocalWire {
                 let descriptor = descriptor.ok_or_else(|| {
                     Ending::Io(io::Error::other("no room for the area's descriptor: too many files are open"))
                 })?;
+                let unsealed = Ending::Misbehaved("its area is no sealed memory file");
+                let descriptor = descriptor.memory().ok_or(unsealed)?;
                 let memory = Region::adopt(descriptor, AREA_BYTES).map_err(|error| match error.kind() {
                     io::ErrorKind::InvalidInput => Ending::Misbehaved("its area is no sealed memory file"),
                     _ => Ending::Io(error),
@@ -146,12 +156,23 @@ impl LocalWire {
                 let memory = memory.without_file();
                 self.area = Some(Area::new(&memory, false).map_err(|error| Ending::Io(error.into()))?);
             }
+            (Note::Region { .. }, Side::Server(_)) if !self.is_bound => {
+                // Nobody has proven anything yet: it takes no place, and is reached by frames.
+                tracing::debug!("a region that was shared before the bind is not mapped");
+            }
             (Note::Region { slot, access, region }, Side::Server(reach)) => {
-                reach.add(slot, access, region, descriptor)?;
+                let lost = descriptor.is_none();
+                let file = descriptor.and_then(Foreign::memory);
+                if file.is_none() && !lost {
+                    return Err(Ending::Misbehaved(
+                        "it shares what is no sealed memory file, or a shorter one",
+                    ));
+                }
+                reach.add(slot, access, region, file)?;
             }
             (Note::Withdrawn { slot, rkey }, Side::Server(reach)) => reach.remove(slot, rkey),
             (Note::Descriptor, Side::Client(_)) if self.descriptors.len() < DESCRIPTORS_MAX => {
-                self.descriptors.push_back(descriptor);
+                self.descriptors.push_back(descriptor.and_then(Foreign::any));
             }
             _ => return Err(Ending::Misbehaved("a note that is not for this end, or one too many")),
         }
@@ -191,6 +212,7 @@ impl Wire for LocalWire {
             // What was read meanwhile is not told.
             count = area.writer.write(pieces)?;
         }
+        self.wants_room = count == 0;
         if count == 0 {
             return Ok(None);
         }
@@ -276,6 +298,13 @@ impl Wire for LocalWire {
             return Ok(if is_stalled && self.gone && !more { Armed::Idle } else { Armed::Pending });
         }
         let Some(area) = &mut self.area else { return Ok(Armed::Idle) };
+        if self.wants_room {
+            // The look above may have taken the bell that told of it.
+            area.sleep_until(ROOM);
+            if area.writer.room()? > 0 {
+                return Ok(Armed::Pending);
+            }
+        }
         if !is_stalled {
             area.sleep_until(DATA);
             self.armed = true;
@@ -288,6 +317,10 @@ impl Wire for LocalWire {
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+
+    fn bound(&mut self, is_bound: bool) {
+        self.is_bound = is_bound;
     }
 
     fn cut(&mut self, how: Shutdown) {

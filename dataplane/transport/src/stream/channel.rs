@@ -191,6 +191,10 @@ impl<W: Wire> Channel for StreamChannel<W> {
         self.peer
     }
 
+    fn bound(&mut self, is_bound: bool) {
+        self.wire.bound(is_bound);
+    }
+
     fn capabilities(&self) -> Capabilities {
         self.admission.capabilities()
     }

@@ -95,6 +95,11 @@ pub(crate) trait Wire: Send + Sized {
     /// The wake descriptor.
     fn wake_fd(&self) -> BorrowedFd<'_>;
 
+    /// See [`crate::Channel::bound`].
+    fn bound(&mut self, is_bound: bool) {
+        let _ = is_bound;
+    }
+
     /// Ends it: nothing is received any more, nor does the peer get at memory of this side.
     fn cut(&mut self, how: Shutdown);
 

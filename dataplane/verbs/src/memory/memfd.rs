@@ -61,8 +61,13 @@ pub(super) fn freeze(file: impl AsFd) -> io::Result<()> {
 pub(super) fn is_frozen(file: impl AsFd, len: usize) -> io::Result<bool> {
     // First the seals: after them no hole can come. (`SEEK_HOLE` takes pages that nobody has touched yet for holes.)
     let sealed = rustix::fs::fcntl_get_seals(&file)?.contains(FIXED | FROZEN);
+    Ok(sealed && is_allocated(&file, len)?)
+}
+
+/// True if it has no hole in its `len` bytes at this moment.
+pub(super) fn is_allocated(file: impl AsFd, len: usize) -> io::Result<bool> {
     let blocks = u64::try_from(rustix::fs::fstat(&file)?.st_blocks).unwrap_or_default();
-    Ok(sealed && blocks.saturating_mul(BLOCK_BYTES) >= len as u64)
+    Ok(blocks.saturating_mul(BLOCK_BYTES) >= len as u64)
 }
 
 #[cfg(test)]

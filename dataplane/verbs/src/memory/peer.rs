@@ -12,11 +12,11 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::memfd::sealed_len;
+use super::memfd::{is_allocated, sealed_len};
 use super::nowait::{Nowait, file_offset, nowait_result, once};
 use super::{OutOfRange, span};
 use crate::gauges::MAPPED_BYTES;
@@ -32,21 +32,25 @@ impl PeerRegion {
     /// # Errors
     /// `InvalidInput` if it is not: see [`super::Region::shareable`] for what is; if it is shorter; if `len` is 0. The kernel's.
     pub fn map(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        if len == 0 || sealed_len(file)? < len as u64 {
+        // Holes would be filled at the cost of this process.
+        if len == 0 || sealed_len(file)? < len as u64 || !is_allocated(file, len)? {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "a memory file shorter than it should be",
+                "a memory file shorter than it should be, or with holes",
             ));
         }
         let map = MmapOptions::new().len(len).map_raw(&file)?;
+        // Another's bytes are nothing for a dump of this process.
+        let _ = map.advise(memmap2::Advice::DontDump);
         MAPPED_BYTES.add(len as u64);
         Ok(Self { map })
     }
 
     /// True if this kernel, and what confines this process, let it copy this way.
     pub fn is_possible() -> bool {
-        static POSSIBLE: OnceLock<bool> = OnceLock::new();
-        *POSSIBLE.get_or_init(|| {
+        // Kept once it is so: what fails now may be possible later.
+        static POSSIBLE: AtomicBool = AtomicBool::new(false);
+        POSSIBLE.load(Ordering::Relaxed) || {
             let tried = super::Region::shareable(1).and_then(|region| {
                 let file = region.file().ok_or(io::ErrorKind::Unsupported)?;
                 let mapped = Self::map(file, 1)?;
@@ -54,8 +58,9 @@ impl PeerRegion {
                 bytes.store(b"x")?;
                 bytes.load(&mut [0])
             });
+            POSSIBLE.store(tried.is_ok(), Ordering::Relaxed);
             tried.is_ok()
-        })
+        }
     }
 
     /// Length in bytes.
