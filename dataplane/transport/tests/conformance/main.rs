@@ -96,6 +96,7 @@ suite! {
         two_sleepers_never_miss_each_other,
         bursts_between_sleepers_are_never_lost,
         sleepers_that_move_bulk_both_ways_never_miss_each_other,
+        who_waits_for_room_hears_of_it_whoever_looked_in_between,
     };
     model::{
         random_operations_agree_with_the_model,

@@ -199,3 +199,23 @@ pub(crate) fn sleepers_that_move_bulk_both_ways_never_miss_each_other<F: Fabric>
     drop(server);
     echo.join().unwrap();
 }
+
+/// More is sent than has room on the way, and the sender looks (and arms) just after the receiver has made room.
+pub(crate) fn who_waits_for_room_hears_of_it_whoever_looked_in_between<F: Fabric>() {
+    const LENGTH: usize = 60 << 10;
+    let sizes = Sizes { depth: 16, receives: 8, buffer_len: LENGTH, buffers: 24 };
+    for server_first in [true, false] {
+        let (mut client, mut server) = ends::<F>(sizes, 8);
+        let bytes = pattern(7, LENGTH);
+        let (sender, receiver) =
+            if server_first { (&mut server, &mut client) } else { (&mut client, &mut server) };
+        for token in 0..8 {
+            sender.send(token, &bytes);
+        }
+        drive(&mut [sender, receiver], |ends| ends[1].done.len() == 8);
+        for completion in receiver.done.drain(..) {
+            assert_eq!(ok(&completion, Kind::Recv), LENGTH);
+            assert!(completion.buffer[..] == bytes[..]);
+        }
+    }
+}
