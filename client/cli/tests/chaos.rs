@@ -98,7 +98,8 @@ fn run(transport: &'static str, seed: u64) {
         "local" => &[("file_io", "\"direct\"")],
         _ => &[],
     };
-    let server = Deployment::with(&Wish { settings, ..Wish::default() });
+    let dataplane = if transport == "verbs" { "\n[map]\nenabled = true\n" } else { "" };
+    let server = Deployment::with(&Wish { settings, dataplane, ..Wish::default() });
     server.until("the data plane is linked", |g| g["control.link_up"] == 1);
     let baseline = gauges_that_return(&server);
     let loads =

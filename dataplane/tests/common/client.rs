@@ -4,6 +4,7 @@ use super::Open;
 use holdfast_shared::auth::{BindAnswer, BindTranscript, FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, FRAME_BYTES_MAX, HandleId, RegionDescriptor, Status};
 use holdfast_shared::wire::data::{Bind, Body, Flush, Frame, Hello, Io, Map, Mapped, Opcode, Unmap, Writer};
+use holdfast_shared::wire::service::TransportKind;
 use holdfast_transport::verbs::LaneEnd;
 use holdfast_transport::{Channel, Completion, Kind, Operation, Registration, RemoteAccess, Setup};
 use holdfast_verbs::memory::{Buffer, Pool, Region};
@@ -243,6 +244,11 @@ impl Client {
         self.nonce = body.nonce;
         if status != Status::Ok {
             return Err(status);
+        }
+        // On this host what was shared before anything was proven is not mapped.
+        if self.channel.identity().transport == TransportKind::Local && self.bound.is_empty() {
+            let region = Arc::clone(self.region());
+            self.memory = self.channel.registrar().register(region, RemoteAccess::FetchAndPlace).unwrap();
         }
         let answer = BindAnswer {
             handle: HandleId(body.handle),

@@ -83,6 +83,12 @@ fn a_message_goes_without_its_descriptor_when_too_many_are_on_their_way_and_the_
     rights.effective.remove(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_RESOURCE);
     set_capabilities(None, rights).unwrap();
     let (mut client, mut server) = ends::<Local>(Sizes::default(), 8);
+    // Both have what they share, and keep no descriptor of it.
+    server.send(0, b"ready");
+    drive(&mut [&mut server, &mut client], |ends| ends[1].count(Kind::Recv) > 0);
+    drop(client.next_of(Kind::Recv));
+    listen_again(&mut client);
+    drop(server.next_of(Kind::Send));
     let before = open_descriptors();
     let Some(flood) = flood() else {
         eprintln!(

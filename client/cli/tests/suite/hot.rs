@@ -331,15 +331,16 @@ fn a_file_that_is_discarded_is_empty_for_its_reader() {
 
 #[test]
 fn the_application_has_the_last_mapping_if_it_wants_it() {
-    let few = "\n[map]\nenabled = true\nchannel_mappings_max = 1\n";
+    let few = "\n[map]\nenabled = true\nchannel_mappings_max = 2\n";
     let Some((server, content)) = server_with(Wish { dataplane: few, ..Wish::default() }) else { return };
     runtime().block_on(async {
         let (_open, binding) = bound(&server, OpenOptions::read()).await;
         until_one_sided(&server, &(&binding).into(), &content).await;
+        let first = binding.map(0..BLOCK as u64).await.unwrap();
         let mapping = binding.map(0..BLOCK as u64).await.unwrap();
         let region = Region::allocate(BLOCK).unwrap();
         assert_eq!(mapping.read_at(&region, 0..BLOCK, 0).await.unwrap(), BLOCK);
-        assert_eq!(server.gauges()[MAPPINGS], 1);
+        assert_eq!(server.gauges()[MAPPINGS], 2);
         // There is none left to be had, and reads go on as ever.
         for n in 0..400usize {
             assert_eq!(binding.read_at(&region, 0..BLOCK, n as u64 * 512).await.unwrap(), BLOCK);
@@ -347,6 +348,7 @@ fn the_application_has_the_last_mapping_if_it_wants_it() {
         }
         assert_eq!(mapping.read_at(&region, 0..BLOCK, 0).await.unwrap(), BLOCK, "it was not taken back");
         mapping.unmap().await.unwrap();
+        first.unmap().await.unwrap();
         until_one_sided(&server, &(&binding).into(), &content).await;
     });
 }
