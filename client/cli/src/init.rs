@@ -325,7 +325,7 @@ fn client_toml(args: &Init) -> String {
 server = {}
 # The name that the server's certificate must carry.
 server_name = \"localhost\"
-# How data channels are carried: \"auto\" (a Unix socket on the server's own host, else RDMA where both sides have it, else
+# How data channels are carried: \"auto\" (shared memory on the server's own host, else RDMA where both sides have it, else
 # TCP), \"local\", \"verbs\" or \"tcp\".
 transport = \"auto\"
 # Over RDMA, with a server that grants mappings: \"auto\" has what is read over and over read without the server's processors;

@@ -121,7 +121,7 @@ pub(super) fn print(facts: &Value, software: Option<bool>) -> anyhow::Result<()>
         return line(format_args!("transport not tried: {why}"));
     }
     let to = match data["transport"].as_str() {
-        Some("local") => "through a socket on this host".to_owned(),
+        Some("local") => "in shared memory on this host".to_owned(),
         _ => format!("to {}", text(&data["peer"])),
     };
     line(format_args!(
