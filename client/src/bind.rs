@@ -12,8 +12,8 @@
 
 use crate::channel::Shared;
 use crate::channel::request::{Done, Purpose, Request};
-use crate::direct::DirectFile;
 use crate::error::{Ended, Error, Result};
+use crate::handed::HandedFile;
 use holdfast_shared::auth::{BindAnswer, BindSecret, BindTranscript, FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, HandleId, Status, VolumeId};
 use holdfast_shared::wire::data;
@@ -59,8 +59,8 @@ pub(crate) struct BindingCore {
     write_unanswered: AtomicBool,
     /// Its channel has ended.
     ended: AtomicBool,
-    /// The file itself, if the server gave it; see [`crate::direct`].
-    pub(crate) file: OnceLock<DirectFile>,
+    /// The file itself, if the server gave it; see [`crate::handed`].
+    pub(crate) file: OnceLock<HandedFile>,
 }
 
 impl BindingCore {
@@ -91,7 +91,7 @@ impl BindingCore {
     }
 
     /// The file itself, if the server gave it and the binding is of use.
-    pub(crate) fn direct(&self) -> Option<&DirectFile> {
+    pub(crate) fn handed(&self) -> Option<&HandedFile> {
         let file = self.file.get()?;
         let live = !self.has_ended() && self.fenced().is_none();
         live.then_some(file)

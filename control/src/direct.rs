@@ -8,15 +8,11 @@
 //! given two, and control keeps but one: this one lives as long as the binding, and needs no place in the journal or in what survives
 //! a restart.
 
+use crate::volume::ends_with_its_process;
 use holdfast_shared::wire::link::{RedeemResult, ToDataplane};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-
-/// File systems whose `pwrite` past the page cache does not end before the disk has answered, whatever happens to its process: what a
-/// dead process can still do is what everything here relies on. (NFS, for one, lets a killed process go.) An overlay's files are
-/// on one of them or on none that can be written.
-const LOCAL: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x794c_7630]; // ext2 to ext4, xfs, btrfs, f2fs, overlay
 
 /// What of an open's description the other one has too.
 const KEPT: OFlags = OFlags::RWMODE
@@ -36,18 +32,14 @@ pub(crate) fn is_wanted(message: &ToDataplane) -> bool {
     }
 }
 
-/// True if direct I/O of such a file system, as `statfs` calls it, can be relied on to have ended with its process.
-pub(crate) fn is_local(file_system: i64) -> bool {
-    LOCAL.contains(&file_system)
-}
-
 /// Another description of the same file, for direct I/O. Blocks, as opening does.
 ///
 /// # Errors
-/// `INVAL` where the file system has none, or none that can be relied on; `ACCESS` if the file's permissions have changed since it was opened; others of `open`.
+/// `INVAL` where the file system has none, or none that can be relied on; `ACCESS` if the file's permissions have changed since it
+/// was opened; others of `open`.
 pub(crate) fn reopen(file: impl AsFd) -> Result<OwnedFd, Errno> {
     // Of the file itself: a volume may have other file systems mounted in it.
-    if !is_local(rustix::fs::fstatfs(&file)?.f_type) {
+    if !ends_with_its_process(rustix::fs::fstatfs(&file)?.f_type) {
         return Err(Errno::INVAL);
     }
     let flags = rustix::fs::fcntl_getfl(&file)?;

@@ -1,15 +1,15 @@
 //! Reads and writes of a [`Binding`].
 //!
 //! ```text
-//!   read_at ─┬─ the file itself is here, and its bytes in memory: read at once     (`direct`)
+//!   read_at ─┬─ the file itself is here, and its bytes in memory: read at once     (`handed`)
 //!            └─ in_pieces ─► submit: one piece ─► Seat ─► InFlight ─► count
 //!   write_at ── in_pieces ──────┘  gate, range and length are checked; again when its turn has come
 //! ```
 
 use super::Binding;
 use crate::channel::InFlight;
-use crate::direct::Now;
 use crate::error::{Error, Result};
+use crate::handed::Now;
 use crate::recovery::reissue::{Again, Piece};
 use crate::region::Region;
 use holdfast_shared::types::{ByteRange, Status};
@@ -70,7 +70,7 @@ impl Binding {
             let max = seat.piece_max();
             return Err(Error::Usage(format!("{length} bytes are more than one request moves ({max})")));
         }
-        if let (false, Some(file)) = (write, inner.direct(&seat.core)) {
+        if let (false, Some(file)) = (write, inner.handed(&seat.core)) {
             match file.read_now(region, range.clone(), file_offset) {
                 Now::Done(count) => {
                     if file.is_others_turn(count) {
@@ -88,7 +88,7 @@ impl Binding {
                     };
                     let waiting = file.read_rest(region, range, file_offset, done);
                     let again = Again { binding: Arc::clone(inner), seat, piece, begun };
-                    return Ok(InFlight::direct(waiting, again));
+                    return Ok(InFlight::handed(waiting, again));
                 }
                 Now::Failed => {}
             }
@@ -132,11 +132,11 @@ impl Binding {
     fn read_cached(&self, region: &Region, range: &Range<usize>, file_offset: u64) -> Option<(usize, bool)> {
         let inner = &*self.inner;
         let seat;
-        let file = match inner.direct(&inner.first) {
+        let file = match inner.handed(&inner.first) {
             Some(file) => file,
             None => {
                 seat = inner.seat.load();
-                inner.direct(&seat.core)?
+                inner.handed(&seat.core)?
             }
         };
         inner.open.as_ref().map_or(Ok(0), |open| open.inner.gate.check()).ok()?;

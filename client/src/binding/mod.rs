@@ -25,8 +25,8 @@ use crate::channel::DataChannel;
 use crate::channel::home::Home;
 use crate::channel::request::{Purpose, Request};
 use crate::claim::Claim;
-use crate::direct::DirectFile;
 use crate::error::Result;
+use crate::handed::HandedFile;
 use crate::open::Open;
 use crate::recovery::Patience;
 use crate::recovery::rebind::{self, Trials};
@@ -91,8 +91,8 @@ impl Inner {
     }
 
     /// The file itself, if the server gave it and nothing has come between since.
-    pub(crate) fn direct<'a>(&self, core: &'a BindingCore) -> Option<&'a DirectFile> {
-        let file = core.direct()?;
+    pub(crate) fn handed<'a>(&self, core: &'a BindingCore) -> Option<&'a HandedFile> {
+        let file = core.handed()?;
         let over = self.is_unbound() || self.open.as_ref().is_some_and(|open| open.inner.is_closed());
         (!over).then_some(file)
     }

@@ -8,8 +8,8 @@ use super::prompt::Look;
 use super::request::Done;
 use super::state::index;
 use crate::binding::UnderWay;
-use crate::direct::Waiting;
 use crate::error::{Error, Result};
+use crate::handed::Waiting;
 use crate::recovery::reissue::Again;
 use std::future::Future;
 use std::pin::Pin;
@@ -111,7 +111,7 @@ enum Stage {
     /// Done already, without the server: so many bytes.
     Done(usize),
     /// With a thread that reads the file itself.
-    Direct(Waiting),
+    Handed(Waiting),
     UnderWay(UnderWay),
     Again(Pin<Box<dyn Future<Output = Result<usize>> + Send>>),
 }
@@ -132,8 +132,8 @@ impl InFlight {
     }
 
     /// A read of the file itself that has to wait.
-    pub(crate) fn direct(waiting: Waiting, again: Again) -> Self {
-        Self { stage: Stage::Direct(waiting), again: Some(again) }
+    pub(crate) fn handed(waiting: Waiting, again: Again) -> Self {
+        Self { stage: Stage::Handed(waiting), again: Some(again) }
     }
 }
 
@@ -145,11 +145,11 @@ impl Future for InFlight {
         loop {
             match &mut this.stage {
                 Stage::Done(count) => return Poll::Ready(Ok(*count)),
-                Stage::Direct(waiting) => {
+                Stage::Handed(waiting) => {
                     let outcome = ready!(Pin::new(waiting).poll(cx));
                     match (outcome, this.again.take()) {
                         // What was read after the binding had ended does not count: the server is asked.
-                        (Ok(_), Some(again)) if !again.is_direct_still() => {
+                        (Ok(_), Some(again)) if !again.is_handed_still() => {
                             this.stage = Stage::Again(Box::pin(again.run(false)));
                         }
                         (outcome, _) => return Poll::Ready(outcome),

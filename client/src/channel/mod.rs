@@ -172,10 +172,15 @@ impl Shared {
         hots.iter().filter_map(Weak::upgrade).for_each(|hot| hot.cut());
     }
 
-    /// Mappings that were made without being asked for, to be given back now.
-    pub(crate) fn make_room(&self) -> Vec<Mapping> {
+    /// Mappings that were made without being asked for, to be given back now; and whether others are, soon.
+    pub(crate) fn make_room(&self) -> (Vec<Mapping>, bool) {
         let hots: Vec<_> = self.hots.lock().iter().filter_map(Weak::upgrade).collect();
-        hots.iter().flat_map(|hot| hot.make_room()).collect()
+        let (mut all, mut soon) = (Vec::new(), false);
+        for (mappings, making) in hots.iter().map(|hot| hot.make_room()) {
+            all.extend(mappings);
+            soon |= making;
+        }
+        (all, soon)
     }
 
     /// The error of whoever comes too late.

@@ -304,13 +304,10 @@ impl<M: Clone> Heat<M> {
         self.limited_until_ms = now_ms + cooling_ms(self.limited);
     }
 
-    /// The mapping that is being made is not wanted any more.
-    pub(super) fn forget_making(&mut self) {
-        for extent in &mut self.extents {
-            if matches!(extent.state, State::Making) {
-                extent.state = cold();
-            }
-        }
+    /// The mapping that is being made is not wanted any more. False if there is none.
+    pub(super) fn forget_making(&mut self) -> bool {
+        let making = |extent: &&mut Extent<M>| matches!(extent.state, State::Making);
+        self.extents.iter_mut().find(making).map(|extent| extent.state = cold()).is_some()
     }
 
     /// Lets every mapping go.

@@ -165,14 +165,14 @@ impl Hot {
         all.iter().for_each(Mapping::cut);
     }
 
-    /// The application wants the places for itself: none is taken for a while.
-    pub(crate) fn make_room(&self) -> Vec<Mapping> {
+    /// The application wants the places for itself: none is taken for a while. Those to be given back now, and whether one more is
+    /// given back as soon as it is there.
+    pub(crate) fn make_room(&self) -> (Vec<Mapping>, bool) {
         let now = self.now_ms();
         let mut heat = self.heat.lock();
         heat.limit(now);
-        // What is being made has a place too: it is given back as soon as it is there.
-        heat.forget_making();
-        heat.clear()
+        let making = heat.forget_making();
+        (heat.clear(), making)
     }
 
     fn now_ms(&self) -> u64 {

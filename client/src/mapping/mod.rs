@@ -102,7 +102,7 @@ impl Binding {
         let config = open.session().config();
         let (wait, mut patience, mut backoff) =
             (config.connect_max(), Patience::new(config), Backoff::control());
-        let (mut trials, mut room) = (None, 0);
+        let (mut trials, mut room, mut in_the_way) = (None, 0, false);
         loop {
             open.inner.gate.check()?;
             let seat = self.seat();
@@ -118,12 +118,16 @@ impl Binding {
                 }
                 // What the library has mapped by itself is not in the application's way.
                 Err(error) if error.status() == Some(Status::TooMany) && room < ROOM_TRIALS => {
-                    // What was being made is given back when it is there.
-                    if room > 0 {
-                        tokio::time::sleep(ROOM_PAUSE).await;
+                    let (mappings, soon) = seat.channel.make_room();
+                    in_the_way |= soon || !mappings.is_empty();
+                    if !in_the_way {
+                        return Err(error);
                     }
                     room += 1;
-                    for mapping in seat.channel.make_room() {
+                    if mappings.is_empty() {
+                        tokio::time::sleep(ROOM_PAUSE).await;
+                    }
+                    for mapping in mappings {
                         let _ = mapping.unmap().await;
                     }
                 }

@@ -173,7 +173,7 @@ pub(crate) async fn seat(
                 if access == Access::READ && !open.access().contains(Access::WRITE) {
                     let mut bound = Bound { channel: &channel, core: &core, kept: false };
                     // Without a descriptor, or the time to wait for it, reads go to the server.
-                    let _ = patience.wait("the descriptor", crate::direct::ask(&channel, &core)).await;
+                    let _ = patience.wait("the descriptor", crate::handed::ask(&channel, &core)).await;
                     bound.kept = true;
                 }
                 let old = old.and_then(|old| old.hot.as_ref());

@@ -45,9 +45,9 @@ impl Again {
     }
 
     /// True if nothing has come between since a read of the file itself was begun.
-    pub(crate) fn is_direct_still(&self) -> bool {
+    pub(crate) fn is_handed_still(&self) -> bool {
         let gate = self.binding.open.as_ref().map_or(Ok(self.begun), |open| open.inner.gate.check());
-        gate.is_ok_and(|now| now == self.begun) && self.binding.direct(&self.seat.core).is_some()
+        gate.is_ok_and(|now| now == self.begun) && self.binding.handed(&self.seat.core).is_some()
     }
 
     /// The server has acknowledged it.

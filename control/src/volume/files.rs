@@ -4,18 +4,26 @@ use super::{Volume, through_proc};
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
-/// What `statfs` says, and what people say. A file system that is not here is told as its number.
-const NAMES: [(i64, &str); 9] = [
-    (0xef53, "ext4"),
-    (0x5846_5342, "xfs"),
-    (0x9123_683e, "btrfs"),
-    (0x0102_1994, "tmpfs"),
-    (0x8584_58f6, "ramfs"),
-    (0x794c_7630, "overlay"),
-    (0x2fc1_2fc1, "zfs"),
-    (0x6969, "nfs"),
-    (0x6573_5546, "fuse"),
+/// What `statfs` says, what people say, and whether a `pwrite` past the page cache lasts until the disk has answered, whatever happens to
+/// its process: what a dead process can still do is what everything here relies on. (NFS, for one, lets a killed process go.) An
+/// overlay's files are on one of those, or on none that can be written. A file system that is not here is told as its number.
+const KNOWN: [(i64, &str, bool); 10] = [
+    (0xef53, "ext4", true),
+    (0x5846_5342, "xfs", true),
+    (0x9123_683e, "btrfs", true),
+    (0xf2f5_2010, "f2fs", true),
+    (0x794c_7630, "overlay", true),
+    (0x0102_1994, "tmpfs", false),
+    (0x8584_58f6, "ramfs", false),
+    (0x2fc1_2fc1, "zfs", false),
+    (0x6969, "nfs", false),
+    (0x6573_5546, "fuse", false),
 ];
+
+/// True if direct I/O of such a file system, as `statfs` calls it, can be relied on to have ended with its process.
+pub(crate) fn ends_with_its_process(file_system: i64) -> bool {
+    KNOWN.iter().any(|(number, _, ends)| *number == file_system && *ends)
+}
 
 /// See the module's text.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,9 +51,9 @@ impl Volume {
     /// Looks at the file system. `try_direct`: makes a file without a name for that, if it may; blocks as that does.
     pub fn files(&self, try_direct: bool) -> Files {
         let kind = rustix::fs::fstatfs(&self.root).map_or(0, |fs| fs.f_type);
-        let name = NAMES.iter().find_map(|(number, name)| (*number == kind).then_some(*name));
+        let name = KNOWN.iter().find_map(|(number, name, _)| (*number == kind).then_some(*name));
         let file_system = name.map_or_else(|| format!("{kind:#x}"), str::to_owned);
-        let direct = if !crate::direct::is_local(kind) {
+        let direct = if !ends_with_its_process(kind) {
             Direct::Impossible
         } else if try_direct {
             self.direct()

@@ -35,6 +35,7 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+pub(crate) use files::ends_with_its_process;
 pub use files::{Direct, Files};
 pub use open::OpenAnswer;
 pub use reopen::{Unopened, inspect, opened_for};

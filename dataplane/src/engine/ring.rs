@@ -5,7 +5,8 @@
 //!                                                                  └─ part of it ───────────► a storage thread does the rest
 //! ```
 //!
-//! Writes go to storage threads: see [`holdfast_verbs::file_ring`] for why. A read is rounded up to what direct I/O takes, as far as its buffer goes; what lies behind the bytes asked for is never placed.
+//! Writes go to storage threads: see [`holdfast_verbs::file_ring`] for why. A read is rounded up to what direct I/O takes, as far as its
+//! buffer goes; what lies behind the bytes asked for is never placed.
 
 use super::backend::Progress;
 use super::storage::{Done, Job, Work, failed_with};

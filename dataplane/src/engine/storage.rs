@@ -9,6 +9,7 @@
 //! A job owns its buffer and keeps the file open: a descriptor is closed only when no job of it is under way.
 
 use super::backend::{FileIo, Progress, status_of};
+use super::direct::DirectIo;
 use super::inbox::Inbox;
 use super::latch::Latch;
 use super::ring::StorageRing;
@@ -94,11 +95,10 @@ fn run(mut job: Job, last_write: &LastWrite, gauges: &Gauges) -> Done {
                     job.file.read(&mut piece[done..], at)
                 } else {
                     let piece = &piece[done..];
-                    let fits =
-                        || job.file.direct().is_some_and(|d| d.fits(piece.as_ptr() as u64, piece.len(), at));
-                    let (fitted, written) = (fits(), job.file.write(piece, at));
-                    // Not if it was refused.
-                    if fitted && written.is_ok() && fits() {
+                    let written = job.file.write(piece, at);
+                    // Asked behind it: one that was refused has gone another way.
+                    let fits = |direct: &DirectIo| direct.fits(piece.as_ptr() as u64, piece.len(), at);
+                    if written.is_ok() && job.file.direct().is_some_and(fits) {
                         gauges.writes_direct_total.add(1);
                     }
                     written

@@ -102,11 +102,6 @@ impl FileRing {
         Ok(())
     }
 
-    /// True if buffers of the pool need no pinning of their own.
-    pub fn is_registered(&self, pool: &Pool) -> bool {
-        self.fixed == Some(pool.id())
-    }
-
     /// Reads at `offset` of the file into `range` of the buffer. Begins with the next [`FileRing::submit`].
     ///
     /// # Errors
@@ -272,7 +267,7 @@ mod tests {
                 ring.register(&pool).unwrap();
                 assert!(ring.register(&pool).is_err(), "one pool");
             }
-            assert_eq!(ring.is_registered(&pool), registered);
+            assert_eq!(ring.fixed.is_some(), registered);
             let file = file(b"0123456789");
             let mut buffer = pool.take().unwrap();
             buffer.fill(b'.');

@@ -21,7 +21,6 @@ pub struct Memory {
     map: MmapRaw,
     /// Bytes asked for; with pages from the kernel's reserve the mapping is longer.
     len: usize,
-    reserved: bool,
     /// True if slices of this memory are handed out (a pool's): it must then never be exposed to a peer.
     exclusive: bool,
 }
@@ -47,12 +46,7 @@ impl Memory {
         // Set aside is not had: a control group may have less, and what lacks when it is touched ends the process.
         map.advise(memmap2::Advice::PopulateWrite)?;
         MAPPED_BYTES.add(len as u64);
-        Ok(Arc::new(Self { map: MmapRaw::from(map), len, reserved: true, exclusive: true }))
-    }
-
-    /// True if it is of pages that the operator has set aside.
-    pub fn is_reserved(&self) -> bool {
-        self.reserved
+        Ok(Arc::new(Self { map: MmapRaw::from(map), len, exclusive: true }))
     }
 
     /// Maps the first `len` bytes (at least one) of a memory file that is as long.
@@ -63,7 +57,7 @@ impl Memory {
             let _ = map.advise(memmap2::Advice::HugePage);
         }
         MAPPED_BYTES.add(len as u64);
-        Ok(Arc::new(Self { map, len, reserved: false, exclusive: false }))
+        Ok(Arc::new(Self { map, len, exclusive: false }))
     }
 
     fn map(len: usize, exclusive: bool) -> io::Result<Arc<Self>> {
@@ -76,7 +70,7 @@ impl Memory {
             let _ = map.advise(memmap2::Advice::HugePage);
         }
         MAPPED_BYTES.add(len as u64);
-        Ok(Arc::new(Self { map: MmapRaw::from(map), len, reserved: false, exclusive }))
+        Ok(Arc::new(Self { map: MmapRaw::from(map), len, exclusive }))
     }
 
     /// Length in bytes, as asked for.
@@ -134,10 +128,7 @@ mod tests {
     fn reserved_pages_are_used_where_there_are_some() {
         match Memory::exclusive_reserved(5 << 20) {
             Ok(memory) => {
-                assert_eq!(
-                    (memory.len(), memory.addr() % (2 << 20), memory.is_reserved()),
-                    (5 << 20, 0, true)
-                );
+                assert_eq!((memory.len(), memory.addr() % (2 << 20)), (5 << 20, 0));
             }
             Err(error) => eprintln!("skipped: no huge pages are set aside: {error}"),
         }

@@ -1,4 +1,4 @@
-//! [`DirectFile`]: the file itself, which the server gave to a binding on its own host; reads go past the server.
+//! [`HandedFile`]: the file itself, which the server gave to a binding on its own host; reads go past the server.
 //!
 //! ```text
 //!   bind over a local channel ─► Descriptor ─┬─ refused: every read goes to the server, as ever
@@ -34,7 +34,7 @@ const YIELD_BYTES: usize = 4 << 20;
 const READ_COST_BYTES: usize = 8 << 10;
 
 /// A descriptor of the open.
-pub(crate) struct DirectFile {
+pub(crate) struct HandedFile {
     descriptor: Arc<OwnedFd>,
     /// A read never waits for a disk, though the kernel may not know how to say so.
     in_memory: bool,
@@ -54,7 +54,7 @@ pub(crate) enum Now {
     Failed,
 }
 
-impl DirectFile {
+impl HandedFile {
     fn new(descriptor: OwnedFd) -> Self {
         let in_memory = rustix::fs::fstatfs(&descriptor).is_ok_and(|fs| IN_MEMORY.contains(&fs.f_type));
         Self {
@@ -164,7 +164,7 @@ pub(crate) async fn ask(channel: &Arc<Shared>, core: &Arc<BindingCore>) {
     };
     match asked.await {
         Ok(Done::Descriptor(Some(descriptor))) => {
-            let _ = core.file.set(DirectFile::new(descriptor));
+            let _ = core.file.set(HandedFile::new(descriptor));
             tracing::debug!("reads go to the file itself");
         }
         Ok(_) => tracing::debug!("this process had no room for the file's descriptor"),
