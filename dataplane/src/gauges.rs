@@ -9,6 +9,8 @@
 //! | `mappings`, `mapping_bytes` | ranges exposed for one-sided reads, those being made and withdrawn included; bytes they pin |
 //! | `pinned_file_bytes` | of files that are read again and again, for long reads without a copy; those being pinned and unpinned included |
 //! | `reads_pinned_total` | reads that were placed from them |
+//! | `viewed_file_bytes` | of files that are mapped, for long reads over tcp with one copy less; those being unmapped included |
+//! | `pieces_viewed_total` | pieces of reads that were sent from them |
 //! | `file_rings`, `file_rings_registered` | workers with io_uring; those whose buffers are registered with it, from their first direct operation on |
 //! | `reads_direct_total`, `writes_direct_total` | pieces of reads that went past the page cache through io_uring, and of writes that did so by storage threads |
 //! | `pieces_straight_total` | pieces of reads and writes that went between a file and the memory of a client on this host, without a buffer |
@@ -73,6 +75,8 @@ pub struct Gauges {
     pub mapping_bytes: Count,
     pub pinned_file_bytes: Count,
     pub reads_pinned_total: Count,
+    pub viewed_file_bytes: Count,
+    pub pieces_viewed_total: Count,
     pub file_rings: Count,
     pub file_rings_registered: Count,
     pub reads_direct_total: Count,
@@ -121,6 +125,8 @@ impl Gauges {
         put("mapping_bytes", self.mapping_bytes.read());
         put("pinned_file_bytes", self.pinned_file_bytes.read());
         put("reads_pinned_total", self.reads_pinned_total.read());
+        put("viewed_file_bytes", self.viewed_file_bytes.read());
+        put("pieces_viewed_total", self.pieces_viewed_total.read());
         put("file_rings", self.file_rings.read());
         put("file_rings_registered", self.file_rings_registered.read());
         put("reads_direct_total", self.reads_direct_total.read());

@@ -68,6 +68,13 @@ pub trait FileIo: Send + Sync {
     fn stamp(&self) -> io::Result<Option<Stamp>> {
         Ok(None)
     }
+    /// Its length, bytes, if a mapping of it shows the same as [`FileIo::read`]. `None`: not of this file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn view_length(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
     /// Its way past the page cache, if it has one: then `read_now` and `write_now` of what [fits](DirectIo::fits) would wait.
     fn direct(&self) -> Option<&DirectIo> {
         None
@@ -79,7 +86,7 @@ pub trait FileIo: Send + Sync {
 /// Makes a [`FileIo`] of the descriptor from control, and of the one for direct I/O if there is one.
 pub type Opener = Arc<dyn Fn(OwnedFd, Option<OwnedFd>) -> Arc<dyn FileIo> + Send + Sync>;
 
-/// Those whose files change their time of change with everything that takes a page away from them.
+/// Those whose files change their time of change with everything that takes a page away from them, and whose page cache is all there is.
 const STAMPED: [i64; 3] = [0x0102_1994, 0xef53, 0x5846_5342]; // tmpfs, ext2 to ext4, xfs
 
 /// A file of the kernel. Remembers when it can't answer without waiting, so that it is asked once only.
@@ -213,6 +220,14 @@ impl FileIo for KernelFile {
         }
         let changed = (stat.st_ctime, u32::try_from(stat.st_ctime_nsec).unwrap_or(0));
         Ok(Some(Stamp { file: FileId(stat.st_dev, stat.st_ino), changed, length }))
+    }
+
+    fn view_length(&self) -> io::Result<Option<u64>> {
+        // Others may have a cache that `read` asks the server of, and a mapping does not.
+        if !self.stamped || self.direct.is_some() {
+            return Ok(None);
+        }
+        Ok(u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).ok())
     }
 
     fn direct(&self) -> Option<&DirectIo> {

@@ -9,9 +9,11 @@
 //!
 //! A binding's number in frames is `generation << 8 | slot`, generations from 1 up: never 0, never used twice on a channel.
 
+use super::ConnKey;
 use super::backend::FileIo;
+use super::channel::Cx;
 use super::latch::Latch;
-use super::pinned::{FileKey, PinnedFiles};
+use super::pinned::FileKey;
 use super::restrict::Rules;
 use holdfast_shared::auth::{FrameKey, MacPolicy, PayloadKey};
 use holdfast_shared::types::{Access, HandleId, OpenId, Status};
@@ -21,7 +23,7 @@ use std::time::Instant;
 
 /// Names a binding of a channel, by its number in frames. A slot's next binding has another number, so what was said of
 /// the old one never reaches the new one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct BindingRef(pub(crate) u32);
 
 impl BindingRef {
@@ -49,13 +51,16 @@ impl Drain {
     }
 }
 
-/// Whether a binding's file is one that may be pinned.
+/// Whether long reads of a binding's file may be placed from its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pins {
     /// Nothing long was read yet.
     Unknown,
     Never,
+    /// From pinned ones, once it is hot.
     Watched(FileKey),
+    /// From mapped ones.
+    Viewed,
 }
 
 pub(crate) enum State {
@@ -163,10 +168,12 @@ impl Binding {
     }
 
     /// It needs its file no more.
-    pub(crate) fn let_file_go(&mut self, pinned: Option<&mut PinnedFiles>) {
+    pub(crate) fn let_file_go(&mut self, conn: ConnKey, cx: &mut Cx) {
         self.file = None;
-        if let (Pins::Watched(key), Some(pinned)) = (std::mem::replace(&mut self.pins, Pins::Never), pinned) {
-            pinned.leave(key);
+        match (std::mem::replace(&mut self.pins, Pins::Never), &mut cx.pinned, &mut cx.views) {
+            (Pins::Watched(key), Some(pinned), _) => pinned.leave(key),
+            (Pins::Viewed, _, Some(views)) => views.leave(conn, self.name()),
+            _ => {}
         }
     }
 

@@ -25,6 +25,7 @@ use super::reply::Rare;
 use super::request::{Request, Step};
 use super::restrict::Restricting;
 use super::storage::StorageSender;
+use super::views::Views;
 use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, SPARE, Settings};
 use crate::gauges::Gauges;
 use crate::last_write::LastWrite;
@@ -58,6 +59,7 @@ pub(crate) struct Cx {
     pub(crate) maps: Option<Arc<Maps>>,
     /// `None`: nothing is pinned to be read.
     pub(crate) pinned: Option<PinnedFiles>,
+    pub(crate) views: Option<Views>,
     /// The time at the beginning of this round.
     pub(crate) now: Instant,
 }
@@ -155,11 +157,13 @@ pub(crate) struct Conn {
     gives_way: bool,
     /// Of its device, where that can place from files.
     pub(super) pinner: Option<Pinner>,
+    /// Its transport can place from mapped files.
+    pub(super) views: bool,
     /// Places from files done.
     placed: Vec<Placed>,
     /// Places from files submitted and completed ever: the device reads the pages in between.
-    pub(super) pinned_begun: u64,
-    pub(super) pinned_ended: u64,
+    pub(super) file_places_begun: u64,
+    pub(super) file_places_ended: u64,
     pub(super) storage_ops: usize,
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
@@ -182,6 +186,7 @@ impl Conn {
         let capabilities = transport.capabilities();
         let peer = transport.peer();
         let pinner = if cx.pinned.is_some() { transport.pinner() } else { None };
+        let views = cx.views.is_some() && transport.places_views();
         let straight = transport.identity().transport == TransportKind::Local;
         let mut conn = Self {
             key,
@@ -216,9 +221,10 @@ impl Conn {
             gives_way: capabilities.gives_way,
             straight,
             pinner,
+            views,
             placed: Vec::new(),
-            pinned_begun: 0,
-            pinned_ended: 0,
+            file_places_begun: 0,
+            file_places_ended: 0,
             storage_ops: 0,
             maps: ChannelMaps::default(),
             held: 0,
@@ -291,7 +297,7 @@ impl Conn {
     pub(crate) fn poll(&mut self, cx: &mut Cx, done: &mut Vec<Completion>) -> bool {
         self.unpolled = false;
         let busy = self.transport.poll(done) > 0;
-        if self.pinner.is_some() {
+        if self.pinner.is_some() || self.views {
             self.transport.take_placed(&mut self.placed);
         }
         if busy {
@@ -305,7 +311,7 @@ impl Conn {
         for at in 0..self.placed.len() {
             self.ops = self.ops.saturating_sub(1);
             self.completed += 1;
-            self.pinned_ended += 1;
+            self.file_places_ended += 1;
             self.placed_for(cx, self.placed[at].token, self.placed[at].outcome.err());
         }
         self.placed.clear();

@@ -88,7 +88,7 @@ impl Conn {
                 continue;
             }
             let (name, link, wrote) = (binding.name(), binding.link, binding.last_write_ns);
-            binding.let_file_go(cx.pinned.as_mut());
+            binding.let_file_go(self.key, cx);
             binding.state = State::Gone(drain.status());
             tracing::debug!(peer = %self.peer, open = %binding.open, ?drain, "unbound");
             self.draining -= 1;
@@ -117,7 +117,7 @@ impl Conn {
                 State::Active => None,
             };
             let (link, wrote) = (binding.link, binding.last_write_ns);
-            binding.let_file_go(cx.pinned.as_mut());
+            binding.let_file_go(self.key, cx);
             binding.state = State::Gone(Status::Closed);
             tell(cx, link, wrote, drain);
         }

@@ -43,6 +43,8 @@ pub(crate) enum Letter {
     Pinned(Box<PinDone>),
     /// The pinner has unpinned so many bytes.
     Unpinned(u64),
+    /// So many bytes of files are mapped no more.
+    Unmapped(u64),
     /// A control is to be told which bindings there are.
     Snapshot(Sender<Vec<HeldBinding>>),
     /// End all channels, then the worker.

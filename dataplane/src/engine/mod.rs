@@ -18,6 +18,8 @@
 //! | `request` | one request, from its checks to its reply |
 //! | `transfer` | the bytes of reads and writes |
 //! | `filled` | pieces of a read on their way from the disk |
+//! | `place`, `pinned`, `pinner` | long reads straight from pages that are pinned for the device |
+//! | `views` | long reads straight from a mapping, over tcp |
 //! | `reply` | frames that go out |
 //! | `fence` | draining a binding |
 //! | `restrict` | rules for what I/O may touch, and waiting for I/O begun before them |
@@ -59,6 +61,7 @@ mod ring;
 mod storage;
 mod straight;
 mod transfer;
+mod views;
 mod worker;
 
 pub use backend::{FileIo, KernelFile, Opener, status_of};
@@ -92,6 +95,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use storage::Storage;
+use views::Views;
 
 /// Requests a channel may have in flight before its first binding.
 pub const CREDITS_UNBOUND: u16 = 2;
@@ -102,7 +106,7 @@ pub(crate) const SPARE: usize = 2;
 pub(crate) const RESERVE: usize = 2;
 
 /// A channel of a worker; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ConnKey {
     pub(crate) index: u32,
     pub(crate) generation: u32,
@@ -252,6 +256,7 @@ impl Engine {
                 gauges: Arc::clone(&gauges),
                 maps: maps.clone(),
                 pinned: PinnedFiles::new(n, config, pins.clone(), Arc::clone(&gauges)),
+                views: Views::new(n, config, pins.clone(), Arc::clone(&gauges)),
                 now: std::time::Instant::now(),
             };
             let worker = worker::Worker::new(cx, Arc::clone(&inboxes[n]))?;

@@ -1,8 +1,9 @@
-//! The thread that pins and unpins extents of files for all workers.
+//! The thread that pins and unpins extents of files for all workers, and unmaps them.
 //!
 //! ```text
 //!   worker ─► Pin ─► stamp ─ settled? ─► pages pinned (may read the disk) ─► Letter::Pinned ───► worker
 //!   worker ─► Unpin ─► page by page ──────────────────────────────────────► Letter::Unpinned ─► worker
+//!   worker ─► Unmap ─► page by page ──────────────────────────────────────► Letter::Unmapped ─► worker
 //! ```
 //!
 //! It ends when the last worker has.
@@ -12,6 +13,7 @@ use super::inbox::{Inbox, Letter};
 use super::pinned::{EXTENT_BYTES, FileKey, SETTLED, Stamp, pinned_bytes};
 use crate::limiter::Limiter;
 use holdfast_transport::verbs::{PinnedFile, Pinner};
+use holdfast_verbs::memory::FileMapping;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -22,6 +24,7 @@ use std::time::{Duration, SystemTime};
 pub(crate) enum Job {
     Pin(Pin),
     Unpin { worker: usize, pages: PinnedFile },
+    Unmap { worker: usize, mappings: Vec<Arc<FileMapping>> },
 }
 
 /// An extent to be pinned.
@@ -61,6 +64,11 @@ fn run(jobs: &Receiver<Job>, inboxes: &[Arc<Inbox>]) {
                 let bytes = pinned_bytes(&pages);
                 drop(pages);
                 inboxes[worker].send(Letter::Unpinned(bytes));
+            }
+            Job::Unmap { worker, mappings } => {
+                let bytes = mappings.iter().map(|mapping| mapping.len() as u64).sum();
+                drop(mappings);
+                inboxes[worker].send(Letter::Unmapped(bytes));
             }
         }
     }

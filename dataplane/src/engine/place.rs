@@ -39,7 +39,7 @@ impl Conn {
             if binding.policy.covers_payload() { return None } else { Arc::clone(binding.file.as_ref()?) };
         let key = match binding.pins {
             Pins::Watched(key) => key,
-            Pins::Never => return None,
+            Pins::Never | Pins::Viewed => return None,
             Pins::Unknown => {
                 binding.pins = Pins::Never;
                 let stamp = file.stamp().ok().flatten()?;
@@ -95,7 +95,7 @@ impl Conn {
             if let Some(binding) = self.bindings.get_mut(at) {
                 binding.transport_ops += 1;
             }
-            self.pinned_begun += 1;
+            self.file_places_begun += 1;
             self.begun(cx.now, cx.settings.limits.stuck_ms);
             done += piece;
         }

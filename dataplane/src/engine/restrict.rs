@@ -85,7 +85,7 @@ pub(crate) struct Restricting {
     /// Requests admitted before this one are waited for.
     before: u64,
     /// And this many Places from files.
-    pinned: u64,
+    file_places: u64,
     progress: Progress,
     /// When the peer is cut off: if nothing moved, and in any case.
     by: Instant,
@@ -99,7 +99,7 @@ struct Progress {
     begun: u64,
     fetches: u64,
     storage: u64,
-    pinned: u64,
+    file_places: u64,
     /// What the channel as a whole completed: for those that wait for room only.
     completed: u64,
 }
@@ -120,15 +120,15 @@ impl Conn {
         }
         self.withdraw_restricted(cx, restriction.open());
         let before = self.admitted;
-        let pinned = self.pinned_begun;
-        let progress = self.restrict_progress(restriction.open(), before, pinned);
+        let file_places = self.file_places_begun;
+        let progress = self.restrict_progress(restriction.open(), before, file_places);
         if progress.requests > 0 {
             restriction.left.fetch_add(1, Ordering::AcqRel);
             cx.gauges.restricts_pending.add(1);
             self.restricting.push(Restricting {
                 restriction: Arc::clone(restriction),
                 before,
-                pinned,
+                file_places,
                 progress,
                 by: cx.after(cx.settings.limits.fence_ms),
                 latest: cx.after(cx.settings.limits.stuck_ms.max(cx.settings.limits.fence_ms)),
@@ -149,13 +149,13 @@ impl Conn {
     }
 
     /// Places from files that are under way, of the first so many; whosever they are.
-    fn pinned_left(&self, until: u64) -> u64 {
+    fn file_places_left(&self, until: u64) -> u64 {
         // At the end, those that were never posted come back before those that were.
-        let until = if self.phase == Phase::Open { until } else { self.pinned_begun };
-        until.saturating_sub(self.pinned_ended)
+        let until = if self.phase == Phase::Open { until } else { self.file_places_begun };
+        until.saturating_sub(self.file_places_ended)
     }
 
-    fn restrict_progress(&self, open: OpenId, before: u64, pinned: u64) -> Progress {
+    fn restrict_progress(&self, open: OpenId, before: u64, file_places: u64) -> Progress {
         let mut progress = Progress::default();
         for request in self.restricted_requests(open, before) {
             progress.requests += 1;
@@ -166,8 +166,8 @@ impl Conn {
         let withdrawing = self.withdrawing(open);
         progress.requests += withdrawing;
         progress.storage += withdrawing as u64;
-        progress.pinned = self.pinned_left(pinned);
-        progress.requests += usize::try_from(progress.pinned).unwrap_or(usize::MAX);
+        progress.file_places = self.file_places_left(file_places);
+        progress.requests += usize::try_from(progress.file_places).unwrap_or(usize::MAX);
         if progress.fetches == 0 {
             progress.completed = self.completed;
         }
@@ -178,7 +178,8 @@ impl Conn {
     pub(crate) fn finish_restrictions(&mut self, cx: &Cx) {
         let mut at = 0;
         while let Some(waiting) = self.restricting.get(at) {
-            let progress = self.restrict_progress(waiting.restriction.open(), waiting.before, waiting.pinned);
+            let progress =
+                self.restrict_progress(waiting.restriction.open(), waiting.before, waiting.file_places);
             if progress.requests == 0 {
                 self.restricting.swap_remove(at).restriction.done();
                 cx.gauges.restricts_pending.sub(1);
@@ -201,7 +202,7 @@ impl Conn {
         self.restricting
             .iter()
             .filter(|w| {
-                self.pinned_left(w.pinned) > 0
+                self.file_places_left(w.file_places) > 0
                     || self.restricted_requests(w.restriction.open(), w.before).any(hangs_on_peer)
             })
             .map(|w| w.by.min(w.latest))

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  read:   [ buffer ─► page cache or storage ─► Place ]… placed one after another ─► reply, right behind the last Place
-//!  long read of pinned pages: see `place`; client on this host: see `straight`
+//!  long read of pinned pages: see `place`; of mapped ones: see `views`; client on this host: see `straight`
 //!  write:  [ buffer ─► Fetch ─► page cache or storage ]… several at once ───► reply
 //!  inline: message buffer ─► page cache or storage ─────────────────────────► reply
 //! ```
@@ -60,7 +60,8 @@ impl Conn {
             return Some(Step::NoRoom);
         }
         if request.filled.is_empty() {
-            if let Some(step) = self.read_straight(cx, slot, request, bytes) {
+            let step = self.read_straight(cx, slot, request, bytes);
+            if let Some(step) = step.or_else(|| self.read_viewed(cx, slot, request, bytes)) {
                 return step;
             }
         }

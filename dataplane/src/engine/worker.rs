@@ -216,6 +216,11 @@ impl Worker {
                 Letter::Restrict(restriction) => self.restrict(&restriction),
                 Letter::Exposed(done) => self.with_conn(done.conn, |conn, cx| conn.exposed(cx, *done)),
                 Letter::Withdrawn(done) => self.with_conn(done.conn, |conn, cx| conn.withdrawn(cx, done)),
+                Letter::Unmapped(bytes) => {
+                    if let Some(views) = &mut self.cx.views {
+                        views.unmapped(bytes);
+                    }
+                }
                 Letter::Withdraw(withdrawal) => self.withdraw_file(withdrawal),
                 Letter::Pinned(done) => self.pinned(|pinned, now| pinned.pinned(*done, now)),
                 Letter::Unpinned(bytes) => self.pinned(|pinned, _| pinned.unpinned(bytes)),

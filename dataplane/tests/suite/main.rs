@@ -20,3 +20,4 @@ mod restrict;
 mod shortage;
 mod straight;
 mod verbs;
+mod views;

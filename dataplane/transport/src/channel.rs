@@ -3,7 +3,7 @@
 use crate::verbs::{Lane, PinnedFile, Pinner};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::{Buffer, PeerBytes, Pool, Region};
+use holdfast_verbs::memory::{Buffer, FileMapping, PeerBytes, Pool, Region};
 use std::any::Any;
 use std::io;
 use std::net::SocketAddr;
@@ -78,7 +78,7 @@ impl Completion {
     }
 }
 
-/// The end of a [`Channel::place_pinned`].
+/// The end of a [`Channel::place_pinned`] or [`Channel::place_view`].
 #[derive(Clone, Copy, Debug)]
 pub struct Placed {
     /// As given to it.
@@ -236,7 +236,7 @@ pub trait Channel: Send {
     fn ended(&self) -> Option<ChannelError>;
 
     /// Pins files for [`Channel::place_pinned`]. `None`, as it is for all transports but verbs: their bytes pass a processor
-    /// anyway.
+    /// anyway, which needs no pages pinned.
     fn pinner(&self) -> Option<Pinner> {
         None
     }
@@ -258,7 +258,30 @@ pub trait Channel: Send {
         Err(SubmitError::Invalid)
     }
 
-    /// Appends those [`Channel::place_pinned`] that a `poll` has found done. Each accepted one is told once, also when the
+    /// True if [`Channel::place_view`] works here: the kernel copies what is sent, and saves the copy into a buffer before that.
+    fn places_views(&self) -> bool {
+        false
+    }
+
+    /// As a Place, straight from a mapped file: from `range` of the mapping to the beginning of `remote`, which is as long. The
+    /// bytes are those that the file has when they are sent, between now and when it is [placed](Channel::take_placed). If it ends before
+    /// the range does by then, the channel ends. Who places what is not [in memory](FileMapping::is_resident) waits for the disk. Takes effect in
+    /// the order of all that is submitted, and counts as an operation in flight. The mapping is held until it is placed.
+    ///
+    /// # Errors
+    /// As [`Channel::submit`]; [`SubmitError::Invalid`] also if [`Channel::places_views`] is false.
+    fn place_view(
+        &mut self,
+        token: u64,
+        view: &Arc<FileMapping>,
+        range: Range<usize>,
+        remote: RegionDescriptor,
+    ) -> Result<(), SubmitError> {
+        let _ = (token, view, range, remote);
+        Err(SubmitError::Invalid)
+    }
+
+    /// Appends those [`Channel::place_pinned`] and [`Channel::place_view`] that a `poll` has found done. Each accepted one is told once, also when the
     /// channel dies.
     fn take_placed(&mut self, done: &mut Vec<Placed>) {
         let _ = done;

@@ -119,6 +119,8 @@ impl Writer {
                         self.put(now)?;
                     }
                 }
+                // A wire that does not take them is given none.
+                Piece::File(..) => return Err(Ending::Io(std::io::ErrorKind::Unsupported.into())),
             }
             total += count;
         }

@@ -1,7 +1,7 @@
 //! The sending side: frames in order, header and payload gathered into as few calls as there can be.
 //!
 //! ```text
-//!   queue: [ header | buffer ] [ header ] [ header | region ] ...  ──► wire
+//!   queue: [ header | buffer ] [ header ] [ header | region ] [ header | file ] ...  ──► wire
 //!            ▲ sent bytes are kept per frame; only the first can be sent in part
 //! ```
 //!
@@ -11,11 +11,13 @@
 use super::fetches::Fetches;
 use super::framing::{Frame, HEADER_BYTES, Refusal};
 use super::{Ending, PIECES_MAX, Piece, Wire};
-use crate::channel::{Completion, Kind, OperationError};
+use crate::channel::{Completion, Kind, OperationError, Placed};
 use crate::region_table::{Live, Target, Wanted};
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::Buffer;
+use holdfast_verbs::memory::{Buffer, FileMapping};
 use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
 
 /// Bytes moved to and from the peer's memory after which others have their turn.
 const DIRECT_BYTES_MAX: usize = 2 << 20;
@@ -36,9 +38,25 @@ impl Owned {
     }
 }
 
+/// Part of a file: the kernel copies it when the wire takes it.
+pub(super) struct OfFile {
+    pub(super) token: u64,
+    pub(super) view: Arc<FileMapping>,
+    /// Where it begins in the mapping.
+    pub(super) start: usize,
+    pub(super) length: usize,
+}
+
+impl OfFile {
+    fn complete(self, outcome: Result<usize, OperationError>) -> Placed {
+        Placed { token: self.token, outcome }
+    }
+}
+
 enum Payload {
     None,
     Owned(Owned),
+    OfFile(OfFile),
     /// The answer to a Fetch.
     Answer(Target),
 }
@@ -48,6 +66,7 @@ impl Payload {
         match self {
             Self::None => 0,
             Self::Owned(owned) => owned.length,
+            Self::OfFile(part) => part.length,
             Self::Answer(target) => target.length(),
         }
     }
@@ -73,6 +92,8 @@ impl Outgoing {
 /// Frames to be sent.
 pub(super) struct Transmit {
     queue: VecDeque<Outgoing>,
+    /// Places from files that are done.
+    placed: Vec<Placed>,
     /// Answers to Fetches among them.
     answers: usize,
     /// The wire took less than it was given: it will tell when it takes more.
@@ -84,7 +105,8 @@ pub(super) struct Transmit {
 
 impl Transmit {
     pub(super) fn with_capacity(count: usize, is_direct: bool) -> Self {
-        Self { queue: VecDeque::with_capacity(count), answers: 0, blocked: false, places: 0, is_direct }
+        let queue = VecDeque::with_capacity(count);
+        Self { queue, placed: Vec::new(), answers: 0, blocked: false, places: 0, is_direct }
     }
 
     /// True if `push` could get on without waiting for the wire.
@@ -94,6 +116,11 @@ impl Transmit {
 
     pub(super) fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// Places from files that are done, to be taken out.
+    pub(super) fn placed(&mut self) -> &mut Vec<Placed> {
+        &mut self.placed
     }
 
     /// Answers that are not sent yet.
@@ -116,9 +143,18 @@ impl Transmit {
     }
 
     pub(super) fn add_place(&mut self, owned: Owned, remote: RegionDescriptor) {
-        self.places = self.places.wrapping_add(1);
-        let tag = PLACE_TAG | self.places;
+        let tag = self.place_tag();
         self.enqueue(Frame::Place { remote, tag }, Payload::Owned(owned), tag, Some(remote));
+    }
+
+    pub(super) fn add_place_of_file(&mut self, part: OfFile, remote: RegionDescriptor) {
+        let tag = self.place_tag();
+        self.enqueue(Frame::Place { remote, tag }, Payload::OfFile(part), tag, None);
+    }
+
+    fn place_tag(&mut self) -> u32 {
+        self.places = self.places.wrapping_add(1);
+        PLACE_TAG | self.places
     }
 
     pub(super) fn add_answer(&mut self, target: Target, tag: u32) {
@@ -183,7 +219,7 @@ impl Transmit {
                 }
                 None => false,
             },
-            Payload::Answer(_) => false,
+            Payload::OfFile(_) | Payload::Answer(_) => false,
         };
         if !reached || !moved {
             return Ok(None);
@@ -192,7 +228,7 @@ impl Transmit {
         if let Some(Outgoing { payload, tag, .. }) = self.queue.pop_front() {
             match payload {
                 Payload::Owned(owned) => ready.push_back(owned.complete(Ok(length))),
-                Payload::None | Payload::Answer(_) => {
+                Payload::None | Payload::OfFile(_) | Payload::Answer(_) => {
                     fetches.arrived();
                     ready.extend(fetches.answered(tag).map(|pending| pending.complete(Ok(length))));
                 }
@@ -219,6 +255,9 @@ impl Transmit {
             let payload = match &frame.payload {
                 Payload::None => None,
                 Payload::Owned(owned) => owned.buffer.get(done..owned.length).map(Piece::Slice),
+                Payload::OfFile(part) => {
+                    Some(Piece::File(&part.view, part.start + done..part.start + part.length))
+                }
                 Payload::Answer(target) => {
                     live[used] = target.lock();
                     if live[used].is_none() {
@@ -233,7 +272,25 @@ impl Transmit {
             }
             given += frame.left();
         }
-        Ok((given, wire.send(&pieces[..used])?))
+        match wire.send(&pieces[..used]) {
+            Ok(taken) => Ok((given, taken)),
+            Err(ending) => Err(self.cut_short(ending)),
+        }
+    }
+
+    /// What was promised can't be sent any more if the file was cut short beside us. The peer asks again on another connection, and is
+    /// told what there is then.
+    fn cut_short(&self, ending: Ending) -> Ending {
+        let of_file = |frame: &Outgoing| matches!(frame.payload, Payload::OfFile(_));
+        match ending {
+            Ending::Io(error)
+                if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::FAULT)
+                    && self.queue.front().is_some_and(of_file) =>
+            {
+                Ending::Io(io::Error::other("a file was cut short while it was being sent"))
+            }
+            other => other,
+        }
     }
 
     /// Counts bytes as sent; operations whose last byte is among them are done.
@@ -250,6 +307,10 @@ impl Transmit {
                 Payload::Owned(owned) => {
                     let length = owned.length;
                     ready.push_back(owned.complete(Ok(length)));
+                }
+                Payload::OfFile(part) => {
+                    let length = part.length;
+                    self.placed.push(part.complete(Ok(length)));
                 }
                 Payload::Answer(_) => self.answers -= 1,
                 Payload::None => {}
@@ -285,10 +346,17 @@ impl Transmit {
     /// Completes everything as flushed, but a Place that the peer refused as such.
     pub(super) fn flush(&mut self, refused: Option<u32>, ready: &mut VecDeque<Completion>) {
         for frame in self.queue.drain(..) {
-            if let Payload::Owned(owned) = frame.payload {
-                let is_refused = owned.kind == Kind::Place && refused == Some(frame.tag);
-                let error = if is_refused { OperationError::RemoteAccess } else { OperationError::Flushed };
-                ready.push_back(owned.complete(Err(error)));
+            let error = |is_place: bool| match is_place && refused == Some(frame.tag) {
+                true => OperationError::RemoteAccess,
+                false => OperationError::Flushed,
+            };
+            match frame.payload {
+                Payload::Owned(owned) => {
+                    let error = error(owned.kind == Kind::Place);
+                    ready.push_back(owned.complete(Err(error)));
+                }
+                Payload::OfFile(part) => self.placed.push(part.complete(Err(error(true)))),
+                Payload::Answer(_) | Payload::None => {}
             }
         }
         self.answers = 0;

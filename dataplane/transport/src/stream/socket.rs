@@ -34,6 +34,7 @@ fn moved(outcome: io::Result<usize>) -> Result<Option<usize>, Ending> {
 impl Wire for SocketWire {
     const IS_CHEAP: bool = false;
     const STAGING_BYTES: usize = 16 * 1024;
+    const TAKES_FILES: bool = true;
 
     fn send(&mut self, pieces: &[Piece<'_>]) -> Result<Option<usize>, Ending> {
         let mut segments: [SendSegment<'_>; PIECES_MAX] = std::array::from_fn(|_| SendSegment::slice(&[]));
@@ -42,6 +43,9 @@ impl Wire for SocketWire {
                 Piece::Slice(bytes) => SendSegment::slice(bytes),
                 Piece::Region(region, range) => {
                     SendSegment::region(region, range.clone()).map_err(|error| Ending::Io(error.into()))?
+                }
+                Piece::File(file, range) => {
+                    SendSegment::file(file, range.clone()).map_err(|error| Ending::Io(error.into()))?
                 }
             };
         }

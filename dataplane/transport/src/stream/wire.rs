@@ -10,7 +10,7 @@ use super::Ending;
 use crate::channel::{Armed, Registrar};
 use crate::region_table::{RegionTable, TableRegistrar, Wanted};
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_verbs::memory::{PeerBytes, Region};
+use holdfast_verbs::memory::{FileMapping, PeerBytes, Region};
 use rustix::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -24,13 +24,15 @@ pub(crate) enum Piece<'a> {
     Slice(&'a [u8]),
     /// Of a region, which the range lies within.
     Region(&'a Region, Range<usize>),
+    /// Of a file, if the wire [takes](Wire::TAKES_FILES) it.
+    File(&'a FileMapping, Range<usize>),
 }
 
 impl Piece<'_> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Slice(bytes) => bytes.len(),
-            Self::Region(_, range) => range.len(),
+            Self::Region(_, range) | Self::File(_, range) => range.len(),
         }
     }
 }
@@ -57,6 +59,8 @@ pub(crate) trait Wire: Send + Sized {
     const IS_CHEAP: bool;
     /// Bytes received beyond the payload under way, in the hope that they are the next frames: many save calls, few save copies.
     const STAGING_BYTES: usize;
+    /// True if what it sends is copied by the kernel, which alone may touch a mapped file.
+    const TAKES_FILES: bool = false;
 
     /// Sends from the first [`PIECES_MAX`] pieces, as much as is taken now; `None` if nothing is, and then it makes an edge of the
     /// wake descriptor when something would be. (One that is not cheap does so too if it takes less than it was given.)

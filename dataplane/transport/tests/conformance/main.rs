@@ -22,6 +22,7 @@ mod processes;
 mod refusals;
 mod shared;
 mod transfers;
+mod views;
 mod waking;
 
 macro_rules! suite {

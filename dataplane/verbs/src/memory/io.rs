@@ -1,4 +1,4 @@
-//! Scatter/gather on stream sockets, straight from and to slices and regions: no copy, no allocation, no waiting.
+//! Scatter/gather on stream sockets, straight from and to slices and regions, and from files: no copy, no allocation, no waiting.
 //!
 //! A segment *is* an `iovec` (as `std::io::IoSlice` is), with a lifetime that keeps what it names alive and borrowed:
 //! an array of them on the stack goes to the kernel as it stands.
@@ -9,12 +9,12 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::nowait::once;
-use super::{OutOfRange, Region};
+use super::{FileMapping, OutOfRange, Region};
 
 /// Most segments one call looks at; what comes after them is for the next call.
 pub const MAX_SEGMENTS: usize = 16;
 
-/// Bytes to send: of a slice (a [`super::Buffer`] is one) or of a [`Region`].
+/// Bytes to send: of a slice (a [`super::Buffer`] is one), of a [`Region`] or of a [`FileMapping`].
 #[repr(transparent)]
 pub struct SendSegment<'a> {
     iov: libc::iovec,
@@ -39,6 +39,14 @@ impl<'a> SendSegment<'a> {
     pub fn region(region: &'a Region, range: Range<usize>) -> Result<Self, OutOfRange> {
         let (start, len) = region.raw(range)?;
         Ok(Self { iov: libc::iovec { iov_base: start.cast(), iov_len: len }, source: PhantomData })
+    }
+
+    /// Part of a file. What the file has lost since ends what is sent: then nothing is sent but `EFAULT` told, if it is at the
+    /// beginning. May wait for what is not [in memory](FileMapping::is_resident).
+    pub fn file(mapping: &'a FileMapping, range: Range<usize>) -> Result<Self, OutOfRange> {
+        let (start, len) = mapping.raw(range)?;
+        let iov = libc::iovec { iov_base: start.cast_mut().cast(), iov_len: len };
+        Ok(Self { iov, source: PhantomData })
     }
 }
 
@@ -115,8 +123,8 @@ pub fn send_segments(fd: BorrowedFd<'_>, segments: &[SendSegment<'_>]) -> io::Re
     message.msg_iov = segments.as_ptr().cast_mut().cast();
     message.msg_iovlen = segments.len().min(MAX_SEGMENTS);
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-    // SAFETY: each iovec names memory that its segment's lifetime keeps alive and readable; `message` lives across the
-    // call.
+    // SAFETY: each iovec names memory that its segment's lifetime keeps alive and mapped; a file's page that is gone is an error
+    // for the kernel, which alone reads it. `message` lives across the call.
     once(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
 }
 
@@ -299,6 +307,25 @@ mod tests {
         let region = Region::new(8).unwrap();
         assert!(SendSegment::region(&region, 0..9).is_err());
         assert!(RecvSegment::region(&region, 9..9).is_err());
+    }
+
+    #[test]
+    fn a_file_is_sent_as_far_as_it_goes() {
+        let (left, right) = UnixStream::pair().unwrap();
+        let file = rustix::fs::memfd_create("sent", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::pwrite(&file, &[7; 3 * 4096], 0).unwrap();
+        let mapping = FileMapping::new(file.as_fd(), 0, 3 * 4096).unwrap();
+        let sent = [SendSegment::slice(b"head"), SendSegment::file(&mapping, 4095..4097).unwrap()];
+        assert_eq!(send_segments(left.as_fd(), &sent).unwrap(), 6);
+        let mut bytes = [0; 16];
+        assert_eq!(recv_segments(right.as_fd(), &mut [RecvSegment::slice(&mut bytes)]).unwrap(), 6);
+        assert_eq!(&bytes[..6], b"head\x07\x07");
+        assert!(SendSegment::file(&mapping, 0..3 * 4096 + 1).is_err());
+        // No SIGBUS: an error.
+        rustix::fs::ftruncate(&file, 4096).unwrap();
+        let cut =
+            send_segments(left.as_fd(), &[SendSegment::file(&mapping, 4096..8192).unwrap()]).unwrap_err();
+        assert_eq!(cut.raw_os_error(), Some(libc::EFAULT));
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! * Pool memory is registered with local access only, so no peer can name it. The device touches a [`Buffer`] only
 //!   while a posted work request owns it.
 //! * [`Region`] memory is shared with a peer. It is reached by copies made of atomic accesses, or by system calls.
-//! * A [`FileMapping`] has an address for the device, and no byte that this process can touch.
+//! * A [`FileMapping`] has an address for the device and for the kernel, and no byte that this process can touch.
 //! * A [`PeerRegion`] is another process's region: the kernel copies to and from it, this process touches no byte of it.
 //! * A [`SharedWord`] is a number in a region, reached by atomic accesses only.
 //! * A [`MappedWord`] is one number of a file, reached by atomic accesses only.
