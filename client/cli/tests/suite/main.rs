@@ -24,6 +24,7 @@ mod serving;
 mod share_lock;
 mod streamed;
 mod striped;
+mod viewed;
 
 /// Not a test: the load, in a process of its own.
 #[test]
