@@ -47,8 +47,8 @@ pub struct Server {
 const ONE_SIDED: &str = "one_sided = \"auto\"";
 
 impl Server {
-    /// Starts it, with a file of [`FILE_BYTES`] in the page cache. What $HOLDFAST_BENCH_DATAPLANE holds is added to
-    /// `dataplane.toml`.
+    /// Starts it, with a file of [`FILE_BYTES`] in the page cache. Each line of $HOLDFAST_BENCH_DATAPLANE takes the
+    /// place of the one of `dataplane.toml` that has its key, or is added.
     pub fn start() -> Self {
         Self::with(&parent(), &|control| control)
     }
@@ -68,8 +68,16 @@ impl Server {
         std::fs::write(&path, change(text)).expect("control.toml");
         let more = std::env::var("HOLDFAST_BENCH_DATAPLANE").unwrap_or_default();
         let path = home.join("dataplane.toml");
-        let text = std::fs::read_to_string(&path).expect("dataplane.toml");
-        std::fs::write(&path, format!("{text}\n{more}\n[map]\nenabled = true\n")).expect("dataplane.toml");
+        let mut text = std::fs::read_to_string(&path).expect("dataplane.toml");
+        for line in more.lines() {
+            let key = line.split_once('=').map(|(key, _)| format!("#{} = ", key.trim_end()));
+            let old = key.and_then(|key| text.lines().find(|old| old.starts_with(&key)).map(str::to_owned));
+            text = match old {
+                Some(old) => text.replace(&old, line),
+                None => format!("{text}\n{line}"),
+            };
+        }
+        std::fs::write(&path, format!("{text}\n[map]\nenabled = true\n")).expect("dataplane.toml");
         let log = std::fs::File::create(dir.path().join("serve.log")).expect("a log");
         let mut serve = Command::new(program("holdfast"))
             .args(["serve", "--json", "--dir"])
@@ -150,6 +158,22 @@ impl std::fmt::Display for Way {
     }
 }
 
+/// What is moved, over and over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Span {
+    /// Piece after piece of the file, each in flight with its own part of the region.
+    Whole,
+    /// One piece, and one part of the region: as perftest does, whose bytes stay in the processor's cache.
+    OnePiece,
+}
+
+impl Span {
+    /// Which piece of the file, and which part of the region, so many of each.
+    fn pick(self, piece: usize, pieces: usize, part: usize) -> (usize, usize) {
+        if self == Self::Whole { (piece % pieces, part) } else { (0, 0) }
+    }
+}
+
 /// A client with one binding of the server's file. Its runtime has one thread, the caller's: no wake-up crosses
 /// threads, as in a program that waits for its own requests.
 pub struct Client {
@@ -181,7 +205,14 @@ impl Client {
     }
 
     /// As [`Client::run`], one-sided. Each of `depth` tasks reads its share, one piece after the other.
-    pub fn run_mapped(&mut self, mapping: &Mapping, size: usize, depth: usize, count: u64) -> Duration {
+    pub fn run_mapped(
+        &mut self,
+        mapping: &Mapping,
+        span: Span,
+        size: usize,
+        depth: usize,
+        count: u64,
+    ) -> Duration {
         assert!(size * depth <= self.region.len(), "the region is too small");
         let begun = Instant::now();
         self.runtime.block_on(async {
@@ -190,8 +221,10 @@ impl Client {
                 let (mapping, region) = (mapping.clone(), self.region.clone());
                 tasks.spawn(async move {
                     for number in (lane as u64..count).step_by(depth) {
-                        let at = number % (FILE_BYTES / size) as u64 * size as u64;
-                        let read = mapping.read_at(&region, lane * size..(lane + 1) * size, at).await;
+                        let number = usize::try_from(number).unwrap_or(0);
+                        let (piece, part) = span.pick(number, FILE_BYTES / size, lane);
+                        let (to, at) = (part * size..(part + 1) * size, (piece * size) as u64);
+                        let read = mapping.read_at(&region, to, at).await;
                         assert_eq!(read.expect("no failure"), size, "a short transfer");
                     }
                 });
@@ -202,8 +235,9 @@ impl Client {
     }
 
     /// Moves `count` pieces of `size` bytes, `depth` of them in flight, and says how long that took. Each lane has its
-    /// own part of the region; pieces follow each other through the file, which is begun again at its end.
-    pub fn run(&mut self, way: Way, size: usize, depth: usize, count: u64) -> Duration {
+    /// own part of the region; pieces follow each other through the file, which is begun again at its end. Or it is one part and one
+    /// piece, as `span` says.
+    pub fn run(&mut self, way: Way, span: Span, size: usize, depth: usize, count: u64) -> Duration {
         assert!(size * depth <= self.region.len(), "the region is too small");
         let Self { runtime, binding, region, next } = self;
         let begun = Instant::now();
@@ -215,8 +249,9 @@ impl Client {
                         assert_eq!(oldest.await?, size, "a short transfer");
                     }
                 }
-                let start = usize::try_from(number).unwrap_or(0) % depth * size;
-                let offset = (*next % (FILE_BYTES / size) * size) as u64;
+                let lane = usize::try_from(number).unwrap_or(0) % depth;
+                let (piece, part) = span.pick(*next, FILE_BYTES / size, lane);
+                let (start, offset) = (part * size, (piece * size) as u64);
                 *next += 1;
                 in_flight.push_back(match way {
                     Way::Read => binding.submit_read(region, start..start + size, offset).await?,

@@ -186,6 +186,8 @@ const DATAPLANE_TUNING: &str = "
 #io_uring = true
 # Bytes of hot files that may be pinned beside them, for long reads over verbs without a copy; 0: none.
 #pinned_bytes_max = 67108864
+# Bytes of files that may be mapped, for long reads over tcp with one copy less; 0: none.
+#viewed_bytes_max = 4294967296
 # Requests one channel may have in flight.
 #credits = 64
 # Rounds without work before a worker sleeps; 0 sleeps at once.

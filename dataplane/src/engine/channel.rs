@@ -168,6 +168,8 @@ pub(crate) struct Conn {
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
     pub(super) held: usize,
+    /// Fetches in flight.
+    pub(super) fetching: usize,
     pub(super) stuck_by: Option<Instant>,
     /// Since the last completion: no room at the transport.
     blocked: bool,
@@ -228,6 +230,7 @@ impl Conn {
             storage_ops: 0,
             maps: ChannelMaps::default(),
             held: 0,
+            fetching: 0,
             stuck_by: None,
             blocked: false,
             unpolled: true,

@@ -22,6 +22,10 @@ use holdfast_verbs::memory::Buffer;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Bytes of one channel that are being fetched at once, at most: enough for any wire, and what has just come is still in the processor's
+/// cache when it is written, as is the buffer that the next one goes to.
+const FETCHING_BYTES_MAX: usize = 2 << 20;
+
 impl Conn {
     /// One piece of a read. `None`: it was answered.
     pub(super) fn step_read(
@@ -279,14 +283,15 @@ impl Conn {
                 return Step::Again;
             }
             let waits = request.in_progress();
-            if !self.room(1) {
+            let piece = request.next;
+            let length = self.piece(cx, request, piece);
+            let is_enough = self.fetching >= FETCHING_BYTES_MAX.div_ceil(self.piece_max(cx));
+            if is_enough || !self.room(1) {
                 return if waits { Step::Next } else { Step::NoRoom };
             }
             let Some(buffer) = self.take(cx) else {
                 return if waits { Step::Next } else { Step::NoBuffer };
             };
-            let piece = request.next;
-            let length = self.piece(cx, request, piece);
             let (Some(remote), Some(at)) = (request.region.part(piece, length), request.binding) else {
                 // Checked at admission.
                 self.give(buffer);
@@ -296,6 +301,7 @@ impl Conn {
             if !self.submit(cx, Token::Fetch { slot, piece }, Operation::Fetch { buffer, remote }) {
                 return Step::Next;
             }
+            self.fetching += 1;
             if let Some(binding) = self.bindings.get_mut(at) {
                 binding.transport_ops += 1;
             }
@@ -318,6 +324,7 @@ impl Conn {
 
     /// A piece of a write came from the client.
     pub(super) fn fetched(&mut self, cx: &mut Cx, slot: u16, piece: u32, mut buffer: Buffer, came: bool) {
+        self.fetching = self.fetching.saturating_sub(1);
         let Some(mut request) = self.requests.get_mut(usize::from(slot)).and_then(Option::take) else {
             return self.give(buffer);
         };
