@@ -194,7 +194,7 @@ pub struct EngineConfig {
     /// not change are placed straight from the page cache. Default 64 MiB; 0: none. Verbs only.
     pub pinned_bytes_max: usize,
     /// Bytes of files that may be mapped, divided among the workers: long reads over tcp of what is in memory are sent straight from
-    /// there. Default 4 GiB; 0: none. They are the page cache's, whatever tools say of this process's memory; page tables take 2 MiB for
+    /// there. Default 1 GiB; 0: none. They are the page cache's, whatever tools say of this process's memory; page tables take 2 MiB for
     /// each GiB.
     pub viewed_bytes_max: usize,
     /// Bytes of message buffers in all. Default 64 MiB. Each of `channels_max` channels needs 36 KiB to begin with, and
@@ -224,7 +224,7 @@ impl Default for EngineConfig {
             io_uring: true,
             buffer_bytes: 256 << 10,
             pinned_bytes_max: 64 << 20,
-            viewed_bytes_max: 4 << 30,
+            viewed_bytes_max: 1 << 30,
             message_pool_bytes: 64 << 20,
             credits: 64,
             spin_rounds: 32,
@@ -369,7 +369,7 @@ impl Config {
             "64 KiB or more",
         )?;
         value(e.pinned_bytes_max <= 1 << 40, "engine.pinned_bytes_max", "at most 1 TiB")?;
-        value(e.viewed_bytes_max <= 1 << 40, "engine.viewed_bytes_max", "at most 1 TiB")?;
+        value(e.viewed_bytes_max <= 1 << 38, "engine.viewed_bytes_max", "at most 256 GiB")?;
         value((1..=1024).contains(&e.credits), "engine.credits", "1 to 1024")?;
         value((1..=65_536).contains(&e.storage_queue), "engine.storage_queue", "1 to 65536")?;
         value((1..=64).contains(&e.fetches), "engine.fetches", "1 to 64")?;

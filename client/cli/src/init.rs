@@ -187,7 +187,7 @@ const DATAPLANE_TUNING: &str = "
 # Bytes of hot files that may be pinned beside them, for long reads over verbs without a copy; 0: none.
 #pinned_bytes_max = 67108864
 # Bytes of files that may be mapped, for long reads over tcp with one copy less; 0: none.
-#viewed_bytes_max = 4294967296
+#viewed_bytes_max = 1073741824
 # Requests one channel may have in flight.
 #credits = 64
 # Rounds without work before a worker sleeps; 0 sleeps at once.

@@ -120,7 +120,8 @@ impl Binding {
                 Err(error) if error.status() == Some(Status::TooMany) && room < ROOM_TRIALS => {
                     let (mappings, soon) = seat.channel.make_room();
                     in_the_way |= soon || !mappings.is_empty();
-                    if !in_the_way {
+                    // Once more in any case: others may be giving some back at this moment.
+                    if !in_the_way && room > 0 {
                         return Err(error);
                     }
                     room += 1;

@@ -159,11 +159,13 @@ pub(crate) struct Conn {
     pub(super) pinner: Option<Pinner>,
     /// Its transport can place from mapped files.
     pub(super) views: bool,
+    /// Reads that wait until the wire takes more.
+    pub(super) awaits_wire: Vec<u16>,
     /// Places from files done.
     placed: Vec<Placed>,
     /// Places from files submitted and completed ever: the device reads the pages in between.
-    pub(super) file_places_begun: u64,
-    pub(super) file_places_ended: u64,
+    pub(super) pinned_begun: u64,
+    pub(super) pinned_ended: u64,
     pub(super) storage_ops: usize,
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
@@ -224,9 +226,10 @@ impl Conn {
             straight,
             pinner,
             views,
+            awaits_wire: Vec::new(),
             placed: Vec::new(),
-            file_places_begun: 0,
-            file_places_ended: 0,
+            pinned_begun: 0,
+            pinned_ended: 0,
             storage_ops: 0,
             maps: ChannelMaps::default(),
             held: 0,
@@ -261,6 +264,7 @@ impl Conn {
             self.free_slots.push(u16::try_from(slot).unwrap_or(u16::MAX));
         }
         self.ready.reserve(want.max(have));
+        self.awaits_wire.reserve(want);
     }
 
     /// Takes the message buffers that go with more credits; returns how many credits they are enough for. What channels
@@ -296,11 +300,19 @@ impl Conn {
         self.cheap
     }
 
+    /// Its wake descriptor says that the wire takes more.
+    pub(crate) fn is_writable(&mut self, cx: &Cx) {
+        if !self.awaits_wire.is_empty() {
+            self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+            self.wire_has_room();
+        }
+    }
+
     /// Polls the transport once and takes what came. True if something did.
     pub(crate) fn poll(&mut self, cx: &mut Cx, done: &mut Vec<Completion>) -> bool {
         self.unpolled = false;
         let busy = self.transport.poll(done) > 0;
-        if self.pinner.is_some() || self.views {
+        if self.pinner.is_some() {
             self.transport.take_placed(&mut self.placed);
         }
         if busy {
@@ -314,7 +326,7 @@ impl Conn {
         for at in 0..self.placed.len() {
             self.ops = self.ops.saturating_sub(1);
             self.completed += 1;
-            self.file_places_ended += 1;
+            self.pinned_ended += 1;
             self.placed_for(cx, self.placed[at].token, self.placed[at].outcome.err());
         }
         self.placed.clear();
@@ -327,7 +339,7 @@ impl Conn {
                 self.close(cx);
             }
         }
-        if self.ops == 0 {
+        if self.ops == 0 && self.awaits_wire.is_empty() {
             self.stuck_by = None;
         }
         if self.draining > 0 {

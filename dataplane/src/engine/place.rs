@@ -95,7 +95,7 @@ impl Conn {
             if let Some(binding) = self.bindings.get_mut(at) {
                 binding.transport_ops += 1;
             }
-            self.file_places_begun += 1;
+            self.pinned_begun += 1;
             self.begun(cx.now, cx.settings.limits.stuck_ms);
             done += piece;
         }

@@ -406,6 +406,7 @@ impl Conn {
     /// The channel ends: buffers nothing uses go back. What is with the transport or storage comes back by itself.
     pub(super) fn cancel_requests(&mut self, _cx: &mut Cx) {
         self.ready.clear();
+        self.awaits_wire.clear();
         for slot in 0..self.requests.len() {
             let Some(request) = &mut self.requests[slot] else { continue };
             request.message = None;

@@ -85,7 +85,7 @@ pub(crate) struct Restricting {
     /// Requests admitted before this one are waited for.
     before: u64,
     /// And this many Places from files.
-    file_places: u64,
+    pinned: u64,
     progress: Progress,
     /// When the peer is cut off: if nothing moved, and in any case.
     by: Instant,
@@ -99,7 +99,7 @@ struct Progress {
     begun: u64,
     fetches: u64,
     storage: u64,
-    file_places: u64,
+    pinned: u64,
     /// What the channel as a whole completed: for those that wait for room only.
     completed: u64,
 }
@@ -119,16 +119,17 @@ impl Conn {
             }
         }
         self.withdraw_restricted(cx, restriction.open());
+        self.wire_has_room();
         let before = self.admitted;
-        let file_places = self.file_places_begun;
-        let progress = self.restrict_progress(restriction.open(), before, file_places);
+        let pinned = self.pinned_begun;
+        let progress = self.restrict_progress(restriction.open(), before, pinned);
         if progress.requests > 0 {
             restriction.left.fetch_add(1, Ordering::AcqRel);
             cx.gauges.restricts_pending.add(1);
             self.restricting.push(Restricting {
                 restriction: Arc::clone(restriction),
                 before,
-                file_places,
+                pinned,
                 progress,
                 by: cx.after(cx.settings.limits.fence_ms),
                 latest: cx.after(cx.settings.limits.stuck_ms.max(cx.settings.limits.fence_ms)),
@@ -149,13 +150,13 @@ impl Conn {
     }
 
     /// Places from files that are under way, of the first so many; whosever they are.
-    fn file_places_left(&self, until: u64) -> u64 {
+    fn pinned_left(&self, until: u64) -> u64 {
         // At the end, those that were never posted come back before those that were.
-        let until = if self.phase == Phase::Open { until } else { self.file_places_begun };
-        until.saturating_sub(self.file_places_ended)
+        let until = if self.phase == Phase::Open { until } else { self.pinned_begun };
+        until.saturating_sub(self.pinned_ended)
     }
 
-    fn restrict_progress(&self, open: OpenId, before: u64, file_places: u64) -> Progress {
+    fn restrict_progress(&self, open: OpenId, before: u64, pinned: u64) -> Progress {
         let mut progress = Progress::default();
         for request in self.restricted_requests(open, before) {
             progress.requests += 1;
@@ -166,8 +167,8 @@ impl Conn {
         let withdrawing = self.withdrawing(open);
         progress.requests += withdrawing;
         progress.storage += withdrawing as u64;
-        progress.file_places = self.file_places_left(file_places);
-        progress.requests += usize::try_from(progress.file_places).unwrap_or(usize::MAX);
+        progress.pinned = self.pinned_left(pinned);
+        progress.requests += usize::try_from(progress.pinned).unwrap_or(usize::MAX);
         if progress.fetches == 0 {
             progress.completed = self.completed;
         }
@@ -178,8 +179,7 @@ impl Conn {
     pub(crate) fn finish_restrictions(&mut self, cx: &Cx) {
         let mut at = 0;
         while let Some(waiting) = self.restricting.get(at) {
-            let progress =
-                self.restrict_progress(waiting.restriction.open(), waiting.before, waiting.file_places);
+            let progress = self.restrict_progress(waiting.restriction.open(), waiting.before, waiting.pinned);
             if progress.requests == 0 {
                 self.restricting.swap_remove(at).restriction.done();
                 cx.gauges.restricts_pending.sub(1);
@@ -202,7 +202,7 @@ impl Conn {
         self.restricting
             .iter()
             .filter(|w| {
-                self.file_places_left(w.file_places) > 0
+                self.pinned_left(w.pinned) > 0
                     || self.restricted_requests(w.restriction.open(), w.before).any(hangs_on_peer)
             })
             .map(|w| w.by.min(w.latest))

@@ -1,48 +1,46 @@
 //! Files that are mapped, so that long reads over tcp are sent from there: no buffer, and one copy instead of two.
 //!
 //! ```text
-//!   piece of a long read ─► its extent: mapped already, or now, if there is room ─► all pages in memory? ── yes ─► Place
-//!                                 │ no room                                            │ no: a hole, or still on the disk
-//!                                 └─────────► the rest of it the usual way ◄───────────┘ (`transfer`), whose threads may wait
+//!   piece of a long read ─► its extent: mapped already, or now, if there is room ─► all pages in memory? ── yes ─► sent, at once
+//!                                 │ no room                                            │ no: a hole, or still on the disk    │
+//!                                 └─────────► the rest of it the usual way ◄───────────┘ (`transfer`), whose threads may wait │
+//!                                                                                                                             ▼
+//!                     socket full: the read waits for room, without a buffer ◄── nothing taken ── some taken: the rest from a buffer
 //! ```
 //!
 //! Each worker has its own, and its part of what may be mapped: that bounds the page tables, which take a five-hundredth of it. An
-//! extent is let go with its binding, or for another one, once nobody has read it for a while.
+//! extent is let go with its binding, or for another one: that which nobody has read for longest.
 //!
-//! The kernel copies the bytes when the socket takes them, which may be after the read was answered: fences and new rules wait for that
-//! (`file_places_ended`), and so only a little of it is begun at once.
+//! Nothing of a view is looked at after the call that sends it: no fence waits for that, and no rule, and who receives slowly is served
+//! as ever.
 //!
 //! **Why what is sent is true.** A mapping shows what the file has, as `read` does, on the file systems that [`FileIo::view_length`]
 //! answers for. A file that is cut short under it is an error of the call that sends, never a signal: the kernel alone touches it.
+//! What is then missing of a piece that is half sent is zeros, and the reply behind it does not count them.
 
 use super::ConnKey;
-use super::backend::FileIo;
+use super::backend::{FileIo, Progress};
 use super::binding::{BindingRef, Pins};
 use super::channel::{Conn, Cx, Token};
 use super::pinned::READ_BYTES_MIN;
 use super::pinner::Job;
 use super::request::{Request, Step};
+use super::storage::failed_with;
 use crate::config::EngineConfig;
 use crate::gauges::Gauges;
 use holdfast_shared::types::Status;
+use holdfast_transport::{FilePart, ViewPlaced};
 use holdfast_verbs::memory::FileMapping;
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
 
 /// What is mapped or let go at once, bytes; extents begin at multiples of it.
 const EXTENT_BYTES: u64 = EXTENT as u64;
 const EXTENT: usize = 16 << 20;
-/// What is placed at once at most, bytes.
-const PIECE_BYTES: u64 = 1 << 20;
-/// Pieces of a channel that its socket has yet to take, at most: who receives slowly holds up a fence no longer than with buffers.
-const UNTAKEN_MAX: u64 = 4;
-/// An extent gives way to another only when it was not read for so long. Else a file larger than what may be mapped, read round and
-/// round, would be mapped and unmapped all the time.
-const IDLE: Duration = Duration::from_secs(1);
+
 /// So far behind the end of a file nothing of it is in memory.
 const BEYOND: u64 = 1 << 30;
 
@@ -56,7 +54,8 @@ struct Key {
 
 struct View {
     mapping: Arc<FileMapping>,
-    used: Instant,
+    /// The number of the use that was the last.
+    used: u64,
 }
 
 /// See the module's text.
@@ -66,6 +65,7 @@ pub(crate) struct Views {
     /// Mapped, and being unmapped.
     bytes: u64,
     views: HashMap<Key, View>,
+    uses: u64,
     jobs: Sender<Job>,
     gauges: Arc<Gauges>,
 }
@@ -80,7 +80,15 @@ impl Views {
     ) -> Option<Self> {
         let bytes_max = (config.viewed_bytes_max / config.worker_count()) as u64;
         let views = HashMap::new();
-        (bytes_max >= EXTENT_BYTES).then_some(Self { worker, bytes_max, bytes: 0, views, jobs, gauges })
+        (bytes_max >= EXTENT_BYTES).then_some(Self {
+            worker,
+            bytes_max,
+            bytes: 0,
+            views,
+            uses: 0,
+            jobs,
+            gauges,
+        })
     }
 
     /// True if the kernel tells which pages of a file of this length are in memory.
@@ -97,9 +105,8 @@ impl Views {
         (conn, binding): (ConnKey, BindingRef),
         file: &dyn FileIo,
         (offset, length): (u64, u64),
-        now: Instant,
     ) -> Option<(&Arc<FileMapping>, Range<usize>)> {
-        let mapping = self.map(Key { conn, binding, index: offset / EXTENT_BYTES }, file, now)?;
+        let mapping = self.map(Key { conn, binding, index: offset / EXTENT_BYTES }, file)?;
         let start = usize::try_from(offset % EXTENT_BYTES).ok()?;
         let range = start..start + usize::try_from(length).ok()?;
         mapping.is_resident(range.clone()).is_ok_and(|resident| resident).then_some((mapping, range))
@@ -119,10 +126,10 @@ impl Views {
         self.gauges.viewed_file_bytes.sub(bytes);
     }
 
-    fn map(&mut self, key: Key, file: &dyn FileIo, now: Instant) -> Option<&Arc<FileMapping>> {
+    fn map(&mut self, key: Key, file: &dyn FileIo) -> Option<&Arc<FileMapping>> {
         if !self.views.contains_key(&key) {
             if self.bytes + EXTENT_BYTES > self.bytes_max {
-                self.make_room(now);
+                self.make_room();
                 return None;
             }
             // Whole extents: what a file does not have yet it may have later.
@@ -130,18 +137,18 @@ impl Views {
             let mapping = FileMapping::new(file.descriptor(), start, EXTENT).ok()?;
             self.bytes += EXTENT_BYTES;
             self.gauges.viewed_file_bytes.add(EXTENT_BYTES);
-            self.views.insert(key, View { mapping: Arc::new(mapping), used: now });
+            self.views.insert(key, View { mapping: Arc::new(mapping), used: 0 });
         }
+        self.uses += 1;
         let view = self.views.get_mut(&key)?;
-        view.used = now;
+        view.used = self.uses;
         Some(&view.mapping)
     }
 
-    /// Lets the extent go that was not read for longest, if that is long enough: there is room by the time of a later read.
-    fn make_room(&mut self, now: Instant) {
-        let oldest = self.views.iter().min_by_key(|(_, view)| view.used);
-        let oldest = oldest.filter(|(_, view)| now.saturating_duration_since(view.used) >= IDLE);
-        if let Some(view) = oldest.map(|(key, _)| *key).and_then(|key| self.views.remove(&key)) {
+    /// Lets the extent go that was not read for longest. There is room once it is unmapped: no more is mapped at a time than may be.
+    fn make_room(&mut self) {
+        let oldest = self.views.iter().min_by_key(|(_, view)| view.used).map(|(key, _)| *key);
+        if let Some(view) = oldest.and_then(|key| self.views.remove(&key)) {
             self.let_go(vec![view.mapping]);
         }
     }
@@ -165,7 +172,7 @@ impl Conn {
         request: &mut Request,
         bytes: &mut usize,
     ) -> Option<Option<Step>> {
-        // While new rules wait for what began before, nothing begins that is read later than it is answered.
+        // Rules that wait for this read need not wait for room: it goes through buffers, which the peer is given time to take.
         if !self.views
             || request.roundabout
             || request.length < READ_BYTES_MIN
@@ -179,45 +186,109 @@ impl Conn {
         if binding.pins == Pins::Never || binding.policy.covers_payload() {
             return None;
         }
-        if self.file_places_begun - self.file_places_ended >= UNTAKEN_MAX {
-            return Some(Some(Step::NoRoom));
+        if !self.awaits_wire.is_empty() {
+            self.await_wire(cx, slot);
+            return Some(Some(Step::Next));
         }
-        // Until it has been placed.
+        // Unless it is placed.
         request.roundabout = true;
         let file = Arc::clone(binding.file.as_ref()?);
-        let there = file.view_length().ok().flatten();
-        if there.is_none() || binding.pins == Pins::Unknown {
-            let may = there.is_some_and(|there| Views::may_view(&*file, there).is_ok_and(|may| may));
+        let there = file.view_length().ok().flatten()?;
+        if binding.pins == Pins::Unknown {
+            let may = Views::may_view(&*file, there).is_ok_and(|may| may);
             binding.pins = if may { Pins::Viewed } else { Pins::Never };
         }
         let offset = request.offset + u64::from(request.next);
-        let wanted = u64::from(request.length - request.next)
-            .min(PIECE_BYTES)
-            .min(EXTENT_BYTES - offset % EXTENT_BYTES);
-        let count = there?.saturating_sub(offset).min(wanted);
-        if binding.pins == Pins::Never || count == 0 {
+        let wanted =
+            u64::from(self.piece(cx, request, request.next)).min(EXTENT_BYTES - offset % EXTENT_BYTES);
+        let count = there.saturating_sub(offset).min(wanted);
+        if self.bindings.get(at)?.pins == Pins::Never || count == 0 {
             return None;
         }
-        let views = cx.views.as_mut()?;
-        let (view, range) = views.resident((self.key, at), &*file, (offset, count), cx.now)?;
-        let remote = request.region.part(request.next, u32::try_from(count).ok()?)?;
+        let length = u32::try_from(count).ok()?;
+        let remote = request.region.part(request.next, length)?;
+        // Before the view, which has to be looked for in what is changed by taking one.
+        let Some(buffer) = self.take(cx) else {
+            request.roundabout = false;
+            return Some(Some(Step::NoBuffer));
+        };
+        let Some((view, range)) = cx.views.as_mut()?.resident((self.key, at), &*file, (offset, count)) else {
+            self.give(buffer);
+            return None;
+        };
         let token = Token::Place { binding: at }.number();
-        if let Err(error) = self.transport.place_view(token, view, range, remote) {
-            tracing::debug!(peer = %self.peer, %error, "the transport refused a Place");
-            self.close(cx);
-            return Some(Some(Step::Next));
+        let mut rest = Progress::Complete(length as usize);
+        let mut fill = |bytes: &mut [u8], done: usize| rest = read_rest(&*file, bytes, offset, done);
+        let part = FilePart { token, view, range, remote, buffer, fill: &mut fill };
+        let placed = self.transport.place_view(part);
+        self.unpolled = true;
+        match placed {
+            ViewPlaced::Done(buffer) => self.give(buffer),
+            ViewPlaced::Begun => {
+                if let Some(binding) = self.bindings.get_mut(at) {
+                    binding.transport_ops += 1;
+                }
+                self.begun(cx.now, cx.settings.limits.stuck_ms);
+            }
+            ViewPlaced::Full(buffer) => {
+                self.give(buffer);
+                request.roundabout = false;
+                self.await_wire(cx, slot);
+                return Some(Some(Step::Next));
+            }
+            ViewPlaced::Unable(buffer) => {
+                self.give(buffer);
+                return None;
+            }
         }
         request.roundabout = false;
-        binding.transport_ops += 1;
-        self.file_places_begun += 1;
-        self.begun(cx.now, cx.settings.limits.stuck_ms);
-        request.next += remote.length();
-        *bytes += remote.length() as usize;
         cx.gauges.pieces_viewed_total.add(1);
-        if count < wanted || request.next == request.length {
+        let (Progress::Complete(done) | Progress::Partial(done) | Progress::Failed(done, _)) = rest;
+        if let Progress::Failed(_, status) = rest {
+            request.answer = Some((status, 0));
+            return Some(Some(Step::Again));
+        }
+        request.next += u32::try_from(done).unwrap_or(0);
+        *bytes += done;
+        // The file ends here, or has lost what was looked for.
+        let is_short = (done as u64) < wanted;
+        if is_short || request.next == request.length {
             self.reply(cx, slot, request, Status::Ok, request.next, None);
             return Some(None);
         }
         Some(Some(Step::Again))
     }
+
+    /// A read waits until the peer has taken some of what was sent: none of it waits in a buffer meanwhile.
+    fn await_wire(&mut self, cx: &Cx, slot: u16) {
+        if self.stuck_by.is_none() {
+            self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+        }
+        self.awaits_wire.push(slot);
+    }
+
+    /// There may be room again; or it is not to be waited for any more.
+    pub(super) fn wire_has_room(&mut self) {
+        while let Some(slot) = self.awaits_wire.pop() {
+            self.requeue(slot);
+        }
+    }
+}
+
+/// Reads the rest of a piece that begins at `offset`, from `done` bytes on. It was in memory a moment ago. What is not there any more is
+/// zeros, and not counted.
+fn read_rest(file: &dyn FileIo, rest: &mut [u8], offset: u64, mut done: usize) -> Progress {
+    let mut read = 0;
+    while read < rest.len() {
+        match file.read(&mut rest[read..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(count) => (read, done) = (read + count, done + count),
+            Err(error) => {
+                rest[read..].fill(0);
+                return Progress::Failed(done, failed_with(&error));
+            }
+        }
+    }
+    rest[read..].fill(0);
+    Progress::Complete(done)
 }

@@ -513,6 +513,10 @@ impl Worker {
                 // What is done is looked for in every round.
             } else if let Some(conn) = usize::try_from(data).ok().and_then(|index| self.conns.get_mut(index))
             {
+                let flags = event.flags;
+                if flags.contains(epoll::EventFlags::OUT) {
+                    conn.is_writable(&self.cx);
+                }
                 if !conn.hot {
                     conn.hot = true;
                     self.hot.push(conn.key.index as usize);

@@ -78,13 +78,42 @@ impl Completion {
     }
 }
 
-/// The end of a [`Channel::place_pinned`] or [`Channel::place_view`].
+/// The end of a [`Channel::place_pinned`].
 #[derive(Clone, Copy, Debug)]
 pub struct Placed {
     /// As given to it.
     pub token: u64,
     /// Bytes placed; or why not.
     pub outcome: Result<usize, OperationError>,
+}
+
+/// What [`Channel::place_view`] places.
+pub struct FilePart<'a> {
+    /// Of the Place, should it have a completion.
+    pub token: u64,
+    /// A mapping of the file.
+    pub view: &'a Arc<FileMapping>,
+    /// The bytes of the mapping.
+    pub range: Range<usize>,
+    /// Where they go; as long.
+    pub remote: RegionDescriptor,
+    /// For what is not taken at once: as long, at least.
+    pub buffer: Buffer,
+    /// Reads that: the bytes of the part from the number on, all of them. What the file does not have any more is zeros.
+    pub fill: &'a mut dyn FnMut(&mut [u8], usize),
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub enum ViewPlaced {
+    /// All has been taken: there is no completion.
+    Done(Buffer),
+    /// Some has been taken, the rest filled into the buffer: an operation in flight, with the completion of a Place.
+    Begun,
+    /// Nothing has been taken, for want of room: the wake descriptor tells when there is some.
+    Full(Buffer),
+    /// Nothing has been taken: no such part may be placed here, or the file has lost its pages.
+    Unable(Buffer),
 }
 
 /// Why an operation that was accepted did not succeed. Each of them ends the channel.
@@ -236,7 +265,7 @@ pub trait Channel: Send {
     fn ended(&self) -> Option<ChannelError>;
 
     /// Pins files for [`Channel::place_pinned`]. `None`, as it is for all transports but verbs: their bytes pass a processor
-    /// anyway, which needs no pages pinned.
+    /// anyway.
     fn pinner(&self) -> Option<Pinner> {
         None
     }
@@ -263,25 +292,14 @@ pub trait Channel: Send {
         false
     }
 
-    /// As a Place, straight from a mapped file: from `range` of the mapping to the beginning of `remote`, which is as long. The
-    /// bytes are those that the file has when they are sent, between now and when it is [placed](Channel::take_placed). If it ends before
-    /// the range does by then, the channel ends. Who places what is not [in memory](FileMapping::is_resident) waits for the disk. Takes effect in
-    /// the order of all that is submitted, and counts as an operation in flight. The mapping is held until it is placed.
-    ///
-    /// # Errors
-    /// As [`Channel::submit`]; [`SubmitError::Invalid`] also if [`Channel::places_views`] is false.
-    fn place_view(
-        &mut self,
-        token: u64,
-        view: &Arc<FileMapping>,
-        range: Range<usize>,
-        remote: RegionDescriptor,
-    ) -> Result<(), SubmitError> {
-        let _ = (token, view, range, remote);
-        Err(SubmitError::Invalid)
+    /// As a Place, straight from a mapped file, now: in the order of all that is submitted, and nothing of the file is looked at later.
+    /// The pages should be [in memory](FileMapping::is_resident), or the caller waits for the disk. That the channel has ended the next
+    /// `poll` finds.
+    fn place_view(&mut self, part: FilePart<'_>) -> ViewPlaced {
+        ViewPlaced::Unable(part.buffer)
     }
 
-    /// Appends those [`Channel::place_pinned`] and [`Channel::place_view`] that a `poll` has found done. Each accepted one is told once, also when the
+    /// Appends those [`Channel::place_pinned`] that a `poll` has found done. Each accepted one is told once, also when the
     /// channel dies.
     fn take_placed(&mut self, done: &mut Vec<Placed>) {
         let _ = done;

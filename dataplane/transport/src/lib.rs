@@ -30,8 +30,8 @@ pub mod tcp;
 pub mod verbs;
 
 pub use channel::{
-    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Listener, Operation, OperationError,
-    Placed, Registrar, Registration, Rejected, RemoteAccess, Setup, SubmitError,
+    Armed, Capabilities, Channel, ChannelError, Completion, FilePart, Kind, Listener, Operation,
+    OperationError, Placed, Registrar, Registration, Rejected, RemoteAccess, Setup, SubmitError, ViewPlaced,
 };
 pub use holdfast_shared::types::RegionDescriptor;
 pub use spin::Spin;

@@ -3,23 +3,22 @@
 use super::fetches::Fetches;
 use super::framing::{FETCHES_MAX, LENGTH_MAX, Refusal};
 use super::receive::{Context, Known, Receive};
-use super::send::{OfFile, Owned, Transmit};
+use super::send::{Owned, Transmit};
 use super::{Ending, Wire};
 use crate::admission::Admission;
 use crate::channel::{
-    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Operation, OperationError, Placed,
-    Registrar, Rejected, Setup, SubmitError,
+    Armed, Capabilities, Channel, ChannelError, Completion, FilePart, Kind, Operation, OperationError,
+    Registrar, Rejected, Setup, SubmitError, ViewPlaced,
 };
 use crate::region_table::{RegionTable, Wanted};
 use holdfast_shared::auth::ChannelIdentity;
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_shared::wire::service::TransportKind;
-use holdfast_verbs::memory::{Buffer, FileMapping, PeerBytes};
+use holdfast_verbs::memory::{Buffer, PeerBytes};
 use rustix::net::Shutdown;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -35,8 +34,6 @@ pub(crate) struct StreamChannel<W: Wire> {
     fetches: Fetches,
     /// Completions to be handed out.
     ready: VecDeque<Completion>,
-    /// Places from files that a poll has counted.
-    placed_counted: usize,
     /// The last poll sent, and left out receiving because the wire had been found empty.
     skipped: bool,
     end: Option<ChannelError>,
@@ -74,7 +71,6 @@ impl<W: Wire> StreamChannel<W> {
             receive,
             fetches: Fetches::with_capacity(operations),
             ready: VecDeque::with_capacity(operations + receives),
-            placed_counted: 0,
             skipped: false,
             end: None,
             wire,
@@ -260,14 +256,37 @@ impl<W: Wire> Channel for StreamChannel<W> {
         }
     }
 
+    fn places_views(&self) -> bool {
+        W::TAKES_FILES
+    }
+
+    fn place_view(&mut self, part: FilePart<'_>) -> ViewPlaced {
+        let (length, inside) = (part.range.len(), part.range.end <= part.view.len());
+        let fits = W::TAKES_FILES && length > 0 && inside && length == part.remote.length() as usize;
+        let operation = Operation::Place { buffer: part.buffer, remote: part.remote };
+        let is_admitted = fits && self.end.is_none() && self.admission.check(&operation).is_ok();
+        let (Operation::Place { buffer, .. }
+        | Operation::Fetch { buffer, .. }
+        | Operation::Send { buffer, .. }
+        | Operation::Recv { buffer }) = operation;
+        if !is_admitted {
+            return ViewPlaced::Unable(buffer);
+        }
+        let part = FilePart { buffer, ..part };
+        let placed = self.transmit.push_file(&mut self.wire, &mut self.fetches, &mut self.ready, part);
+        if matches!(placed, ViewPlaced::Begun) {
+            self.admission.enter(Kind::Place);
+        }
+        placed
+    }
+
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
         if self.end.is_none() {
             if let Err(ending) = self.advance() {
                 self.finish(ending);
             }
         }
-        let placed = self.transmit.placed().len();
-        let count = self.ready.len() + placed - std::mem::replace(&mut self.placed_counted, placed);
+        let count = self.ready.len();
         for completion in self.ready.drain(..) {
             self.admission.leave(completion.kind);
             done.push(completion);
@@ -291,7 +310,7 @@ impl<W: Wire> Channel for StreamChannel<W> {
     }
 
     fn arm(&mut self) -> Armed {
-        if !self.ready.is_empty() || self.transmit.placed().len() > self.placed_counted {
+        if !self.ready.is_empty() {
             return Armed::Pending;
         }
         if self.end.is_some() {
@@ -319,39 +338,6 @@ impl<W: Wire> Channel for StreamChannel<W> {
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
         self.wire.wake_fd()
-    }
-
-    fn places_views(&self) -> bool {
-        W::TAKES_FILES
-    }
-
-    fn place_view(
-        &mut self,
-        token: u64,
-        view: &Arc<FileMapping>,
-        range: Range<usize>,
-        remote: RegionDescriptor,
-    ) -> Result<(), SubmitError> {
-        if self.end.is_some() {
-            return Err(SubmitError::Closed);
-        }
-        self.admission.check_transfer(range.len())?;
-        let is_inside = range.start <= range.end && range.end <= view.len();
-        if !W::TAKES_FILES || range.is_empty() || range.len() != remote.length() as usize || !is_inside {
-            return Err(SubmitError::Invalid);
-        }
-        self.admission.enter(Kind::Place);
-        let (start, length) = (range.start, range.len());
-        self.transmit.add_place_of_file(OfFile { token, view: Arc::clone(view), start, length }, remote);
-        Ok(())
-    }
-
-    fn take_placed(&mut self, done: &mut Vec<Placed>) {
-        self.placed_counted = 0;
-        for placed in self.transmit.placed().drain(..) {
-            self.admission.leave(Kind::Place);
-            done.push(placed);
-        }
     }
 
     fn close(&mut self) {

@@ -1,7 +1,7 @@
 //! The sending side: frames in order, header and payload gathered into as few calls as there can be.
 //!
 //! ```text
-//!   queue: [ header | buffer ] [ header ] [ header | region ] [ header | file ] ...  ──► wire
+//!   queue: [ header | buffer ] [ header ] [ header | region ] ...  ──► wire
 //!            ▲ sent bytes are kept per frame; only the first can be sent in part
 //! ```
 //!
@@ -11,12 +11,12 @@
 use super::fetches::Fetches;
 use super::framing::{Frame, HEADER_BYTES, Refusal};
 use super::{Ending, PIECES_MAX, Piece, Wire};
-use crate::channel::{Completion, Kind, OperationError, Placed};
+use crate::channel::{Completion, FilePart, Kind, OperationError, ViewPlaced};
 use crate::region_table::{Live, Target, Wanted};
 use holdfast_shared::types::RegionDescriptor;
 use holdfast_verbs::memory::{Buffer, FileMapping};
 use std::collections::VecDeque;
-use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Bytes moved to and from the peer's memory after which others have their turn.
@@ -38,25 +38,11 @@ impl Owned {
     }
 }
 
-/// Part of a file: the kernel copies it when the wire takes it.
-pub(super) struct OfFile {
-    pub(super) token: u64,
-    pub(super) view: Arc<FileMapping>,
-    /// Where it begins in the mapping.
-    pub(super) start: usize,
-    pub(super) length: usize,
-}
-
-impl OfFile {
-    fn complete(self, outcome: Result<usize, OperationError>) -> Placed {
-        Placed { token: self.token, outcome }
-    }
-}
-
 enum Payload {
     None,
     Owned(Owned),
-    OfFile(OfFile),
+    /// Part of a file, there only while [`Transmit::push_file`] runs.
+    File(Arc<FileMapping>, Range<usize>),
     /// The answer to a Fetch.
     Answer(Target),
 }
@@ -66,7 +52,7 @@ impl Payload {
         match self {
             Self::None => 0,
             Self::Owned(owned) => owned.length,
-            Self::OfFile(part) => part.length,
+            Self::File(_, range) => range.len(),
             Self::Answer(target) => target.length(),
         }
     }
@@ -87,13 +73,21 @@ impl Outgoing {
     fn left(&self) -> usize {
         HEADER_BYTES + self.payload.length() - self.sent
     }
+
+    fn is_unbegun_file(&self) -> bool {
+        self.sent == 0 && matches!(self.payload, Payload::File(..))
+    }
+}
+
+/// True if it is a mapped file that has ended it, which was cut short: nothing was sent then.
+fn has_lost_its_pages(ending: &Ending) -> bool {
+    let errno = if let Ending::Io(error) = ending { rustix::io::Errno::from_io_error(error) } else { None };
+    errno == Some(rustix::io::Errno::FAULT)
 }
 
 /// Frames to be sent.
 pub(super) struct Transmit {
     queue: VecDeque<Outgoing>,
-    /// Places from files that are done.
-    placed: Vec<Placed>,
     /// Answers to Fetches among them.
     answers: usize,
     /// The wire took less than it was given: it will tell when it takes more.
@@ -105,8 +99,7 @@ pub(super) struct Transmit {
 
 impl Transmit {
     pub(super) fn with_capacity(count: usize, is_direct: bool) -> Self {
-        let queue = VecDeque::with_capacity(count);
-        Self { queue, placed: Vec::new(), answers: 0, blocked: false, places: 0, is_direct }
+        Self { queue: VecDeque::with_capacity(count), answers: 0, blocked: false, places: 0, is_direct }
     }
 
     /// True if `push` could get on without waiting for the wire.
@@ -116,11 +109,6 @@ impl Transmit {
 
     pub(super) fn is_empty(&self) -> bool {
         self.queue.is_empty()
-    }
-
-    /// Places from files that are done, to be taken out.
-    pub(super) fn placed(&mut self) -> &mut Vec<Placed> {
-        &mut self.placed
     }
 
     /// Answers that are not sent yet.
@@ -145,11 +133,6 @@ impl Transmit {
     pub(super) fn add_place(&mut self, owned: Owned, remote: RegionDescriptor) {
         let tag = self.place_tag();
         self.enqueue(Frame::Place { remote, tag }, Payload::Owned(owned), tag, Some(remote));
-    }
-
-    pub(super) fn add_place_of_file(&mut self, part: OfFile, remote: RegionDescriptor) {
-        let tag = self.place_tag();
-        self.enqueue(Frame::Place { remote, tag }, Payload::OfFile(part), tag, None);
     }
 
     fn place_tag(&mut self) -> u32 {
@@ -219,7 +202,7 @@ impl Transmit {
                 }
                 None => false,
             },
-            Payload::OfFile(_) | Payload::Answer(_) => false,
+            Payload::File(..) | Payload::Answer(_) => false,
         };
         if !reached || !moved {
             return Ok(None);
@@ -228,7 +211,7 @@ impl Transmit {
         if let Some(Outgoing { payload, tag, .. }) = self.queue.pop_front() {
             match payload {
                 Payload::Owned(owned) => ready.push_back(owned.complete(Ok(length))),
-                Payload::None | Payload::OfFile(_) | Payload::Answer(_) => {
+                Payload::None | Payload::File(..) | Payload::Answer(_) => {
                     fetches.arrived();
                     ready.extend(fetches.answered(tag).map(|pending| pending.complete(Ok(length))));
                 }
@@ -255,9 +238,7 @@ impl Transmit {
             let payload = match &frame.payload {
                 Payload::None => None,
                 Payload::Owned(owned) => owned.buffer.get(done..owned.length).map(Piece::Slice),
-                Payload::OfFile(part) => {
-                    Some(Piece::File(&part.view, part.start + done..part.start + part.length))
-                }
+                Payload::File(view, range) => Some(Piece::File(view, range.start + done..range.end)),
                 Payload::Answer(target) => {
                     live[used] = target.lock();
                     if live[used].is_none() {
@@ -272,25 +253,7 @@ impl Transmit {
             }
             given += frame.left();
         }
-        match wire.send(&pieces[..used]) {
-            Ok(taken) => Ok((given, taken)),
-            Err(ending) => Err(self.cut_short(ending)),
-        }
-    }
-
-    /// What was promised can't be sent any more if the file was cut short beside us. The peer asks again on another connection, and is
-    /// told what there is then.
-    fn cut_short(&self, ending: Ending) -> Ending {
-        let of_file = |frame: &Outgoing| matches!(frame.payload, Payload::OfFile(_));
-        match ending {
-            Ending::Io(error)
-                if rustix::io::Errno::from_io_error(&error) == Some(rustix::io::Errno::FAULT)
-                    && self.queue.front().is_some_and(of_file) =>
-            {
-                Ending::Io(io::Error::other("a file was cut short while it was being sent"))
-            }
-            other => other,
-        }
+        Ok((given, wire.send(&pieces[..used])?))
     }
 
     /// Counts bytes as sent; operations whose last byte is among them are done.
@@ -308,14 +271,53 @@ impl Transmit {
                     let length = owned.length;
                     ready.push_back(owned.complete(Ok(length)));
                 }
-                Payload::OfFile(part) => {
-                    let length = part.length;
-                    self.placed.push(part.complete(Ok(length)));
-                }
                 Payload::Answer(_) => self.answers -= 1,
-                Payload::None => {}
+                Payload::None | Payload::File(..) => {}
             }
         }
+    }
+
+    /// Sends a part of a file, and what is in front of it, now: nothing of the file is looked at later. What the wire does not take of a
+    /// part that it has begun with is filled into the buffer, and goes from there.
+    pub(super) fn push_file<W: Wire>(
+        &mut self,
+        wire: &mut W,
+        fetches: &mut Fetches,
+        ready: &mut VecDeque<Completion>,
+        part: FilePart<'_>,
+    ) -> ViewPlaced {
+        let FilePart { token, view, range, remote, mut buffer, fill } = part;
+        let (tag, length) = (self.place_tag(), range.len());
+        self.enqueue(Frame::Place { remote, tag }, Payload::File(Arc::clone(view), range), tag, None);
+        let mut outcome = self.push(wire, fetches, ready);
+        // The wire has taken what was in front and stopped there: whether for want of room, or as the file has lost its pages, the next
+        // call tells.
+        if outcome.is_ok()
+            && self.queue.len() == 1
+            && self.queue.front().is_some_and(Outgoing::is_unbegun_file)
+        {
+            outcome = self.push(wire, fetches, ready);
+        }
+        if self.queue.back().is_some_and(Outgoing::is_unbegun_file) {
+            self.queue.pop_back();
+            return match outcome {
+                Err(ending) if has_lost_its_pages(&ending) => ViewPlaced::Unable(buffer),
+                // If it is an error, the next call has it too.
+                _ => ViewPlaced::Full(buffer),
+            };
+        }
+        let Some(frame) = self.queue.back_mut().filter(|frame| matches!(frame.payload, Payload::File(..)))
+        else {
+            return ViewPlaced::Done(buffer);
+        };
+        let done = frame.sent.saturating_sub(HEADER_BYTES);
+        if let Some(rest) = buffer.get_mut(done..length) {
+            fill(rest, done);
+        }
+        frame.payload = Payload::Owned(Owned { token, kind: Kind::Place, buffer, length });
+        // It may be for lost pages that the wire stopped: then it makes no edge.
+        self.blocked = false;
+        ViewPlaced::Begun
     }
 
     /// Tells the peer why the connection ends, if what is being sent and this still go into the wire. Everything
@@ -346,17 +348,10 @@ impl Transmit {
     /// Completes everything as flushed, but a Place that the peer refused as such.
     pub(super) fn flush(&mut self, refused: Option<u32>, ready: &mut VecDeque<Completion>) {
         for frame in self.queue.drain(..) {
-            let error = |is_place: bool| match is_place && refused == Some(frame.tag) {
-                true => OperationError::RemoteAccess,
-                false => OperationError::Flushed,
-            };
-            match frame.payload {
-                Payload::Owned(owned) => {
-                    let error = error(owned.kind == Kind::Place);
-                    ready.push_back(owned.complete(Err(error)));
-                }
-                Payload::OfFile(part) => self.placed.push(part.complete(Err(error(true)))),
-                Payload::Answer(_) | Payload::None => {}
+            if let Payload::Owned(owned) = frame.payload {
+                let is_refused = owned.kind == Kind::Place && refused == Some(frame.tag);
+                let error = if is_refused { OperationError::RemoteAccess } else { OperationError::Flushed };
+                ready.push_back(owned.complete(Err(error)));
             }
         }
         self.answers = 0;

@@ -3,14 +3,15 @@
 use crate::fabrics::{Local, Memory, Tcp, Verbs};
 use crate::kit::{End, Fabric, PATIENCE, Sizes, ends};
 use holdfast_shared::types::RegionDescriptor;
-use holdfast_transport::{ChannelError, Kind, OperationError, Placed, RemoteAccess, SubmitError};
+use holdfast_transport::{FilePart, Kind, RemoteAccess, ViewPlaced};
 use holdfast_verbs::memory::FileMapping;
 use rustix::fs::MemfdFlags;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-const LENGTH: usize = 100_000;
+const LENGTH: usize = 60_000;
 
 fn view(byte: u8) -> (OwnedFd, Arc<FileMapping>) {
     let file = rustix::fs::memfd_create("view", MemfdFlags::CLOEXEC).unwrap();
@@ -19,64 +20,139 @@ fn view(byte: u8) -> (OwnedFd, Arc<FileMapping>) {
     (file, Arc::new(mapping))
 }
 
-/// Waits until so many are told.
-fn placed(end: &mut End, count: usize) -> Vec<Placed> {
-    let (mut placed, start) = (Vec::new(), Instant::now());
-    while placed.len() < count {
-        end.pump();
-        end.channel.take_placed(&mut placed);
-        assert!(start.elapsed() < PATIENCE, "only {} are told", placed.len());
-    }
-    assert_eq!(placed.len(), count);
-    placed
+/// What came of it, and from where on the rest was asked for. `rest`: the byte that it is filled with.
+fn place(
+    server: &mut End,
+    view: &Arc<FileMapping>,
+    range: Range<usize>,
+    remote: RegionDescriptor,
+    rest: u8,
+) -> (ViewPlaced, Option<usize>) {
+    let (buffer, mut from) = (server.buffer(), None);
+    let mut fill = |bytes: &mut [u8], done: usize| {
+        bytes.fill(rest);
+        from = Some(done);
+    };
+    let part = FilePart { token: 5, view, range, remote, buffer, fill: &mut fill };
+    let placed = server.channel.place_view(part);
+    (placed, from)
 }
 
 #[test]
 fn what_was_placed_from_a_file_is_there_when_the_next_message_is() {
     let (mut client, mut server) = ends::<Tcp>(Sizes::default(), 4);
     let memory = client.register(LENGTH, RemoteAccess::Place);
-    let (_file, view) = view(7);
-    for at in [0usize, 1, 4095, 60_000] {
+    let (file, view) = view(7);
+    for at in [0usize, 1, 4095, 50_000] {
         let length = LENGTH - at;
         memory.region().zero(0..LENGTH).unwrap();
         let remote = memory.descriptor().part(0, length as u32).unwrap();
-        server.channel.place_view(5, &view, at..LENGTH, remote).unwrap();
-        server.send(6, b"there");
+        // In the order of what was submitted before.
+        server.send(6, b"before");
+        let (placed, from) = place(&mut server, &view, at..LENGTH, remote, 0);
+        assert!(matches!(placed, ViewPlaced::Done(_)) && from.is_none(), "{placed:?}");
+        drop(placed);
+        // It was read when the call returned.
+        rustix::io::pwrite(&file, &vec![9; LENGTH], 0).unwrap();
+        server.send(6, b"behind");
         server.pump();
-        client.next_of(Kind::Recv);
-        client.recv(1);
+        for _ in 0..2 {
+            client.next_of(Kind::Recv);
+            client.recv(1);
+        }
         let mut bytes = vec![0; LENGTH];
         memory.region().copy_out(0, &mut bytes).unwrap();
         assert!(
             bytes[..length].iter().all(|byte| *byte == 7) && bytes[length..].iter().all(|byte| *byte == 0)
         );
-        let Placed { token, outcome } = placed(&mut server, 1)[0];
-        assert_eq!((token, outcome), (5, Ok(length)));
+        rustix::io::pwrite(&file, &vec![7; LENGTH], 0).unwrap();
         server.next_of(Kind::Send);
-        assert_eq!(Arc::strong_count(&view), 1, "the channel has let go");
+        server.next_of(Kind::Send);
+        assert_eq!(Arc::strong_count(&view), 1, "the channel keeps nothing");
     }
 }
 
+/// The wire stops within one: the rest comes from the buffer, with a completion. Then it takes nothing, until there is room again.
 #[test]
-fn each_is_told_once_in_order_also_when_the_channel_ends() {
+fn what_the_wire_does_not_take_comes_from_the_buffer() {
+    let (mut client, mut server) = ends::<Tcp>(Sizes { buffers: 4096, ..Sizes::default() }, 4);
+    let memory = client.register(LENGTH, RemoteAccess::Place);
+    let (_file, view) = view(7);
+    let (mut taken, mut begun) = (0, None);
+    while begun.is_none() {
+        match place(&mut server, &view, 0..LENGTH, memory.descriptor(), 8) {
+            (ViewPlaced::Done(_), None) => taken += 1,
+            (ViewPlaced::Begun, Some(from)) => begun = Some(from),
+            // Nothing of it fitted: some must be received for the next to be begun.
+            (ViewPlaced::Full(_), None) => {
+                client.pump();
+            }
+            other => panic!("{other:?} after {taken}"),
+        }
+    }
+    let (placed, from) = place(&mut server, &view, 0..LENGTH, memory.descriptor(), 0);
+    assert!(matches!(placed, ViewPlaced::Full(_)) && from.is_none(), "{placed:?}");
+    drop(placed);
+    // Both wait as users do: what has stopped goes on by itself.
+    let (start, mut done) = (Instant::now(), None);
+    while done.is_none() {
+        client.pump();
+        server.pump();
+        done = server.done.pop_front();
+        assert!(start.elapsed() < PATIENCE, "the rest never goes");
+    }
+    let done = done.unwrap();
+    assert_eq!((done.token, done.kind, done.outcome), (5, Kind::Place, Ok(LENGTH)));
+    server.send(6, b"behind");
+    server.pump();
+    client.next_of(Kind::Recv);
+    let mut bytes = vec![0; LENGTH];
+    memory.region().copy_out(0, &mut bytes).unwrap();
+    let from = begun.unwrap();
+    assert!(bytes[..from].iter().all(|byte| *byte == 7) && bytes[from..].iter().all(|byte| *byte == 8));
+}
+
+#[test]
+fn a_file_that_was_cut_short_is_not_placed_and_the_channel_lives() {
+    let (mut client, mut server) = ends::<Tcp>(Sizes::default(), 4);
+    let memory = client.register(LENGTH, RemoteAccess::Place);
+    let (file, view) = view(7);
+    rustix::fs::ftruncate(&file, 5000).unwrap();
+    server.send(6, b"before");
+    // From its beginning: how much is taken is the kernel's affair, and the rest is asked for.
+    match place(&mut server, &view, 0..LENGTH, memory.descriptor(), 8) {
+        (ViewPlaced::Begun, Some(from)) => {
+            assert!(from <= 8192);
+            server.next_of(Kind::Place);
+        }
+        (ViewPlaced::Unable(_), None) => {}
+        other => panic!("{other:?}"),
+    }
+    let gone = memory.descriptor().part(0, 10_000).unwrap();
+    let (placed, from) = place(&mut server, &view, 20_000..30_000, gone, 8);
+    assert!(matches!(placed, ViewPlaced::Unable(_)) && from.is_none(), "{placed:?}");
+    server.send(6, b"behind");
+    server.pump();
+    for _ in 0..2 {
+        client.next_of(Kind::Recv);
+    }
+    assert!(server.channel.ended().is_none() && client.channel.ended().is_none());
+}
+
+#[test]
+fn what_does_not_fit_is_not_placed() {
     let (client, mut server) = ends::<Tcp>(Sizes::default(), 4);
     let memory = client.register(LENGTH, RemoteAccess::Place);
     let part = |length| memory.descriptor().part(0, length).unwrap();
     let (_file, view) = view(7);
     for (range, remote) in [(0..10, part(11)), (LENGTH - 5..LENGTH + 5, part(10)), (3..3, part(0))] {
-        assert_eq!(server.channel.place_view(1, &view, range, remote), Err(SubmitError::Invalid));
+        let (placed, _) = place(&mut server, &view, range, remote, 0);
+        assert!(matches!(placed, ViewPlaced::Unable(_)), "{placed:?}");
     }
-    let depth = Sizes::default().depth;
-    for token in 0..depth as u64 {
-        server.channel.place_view(token, &view, 0..LENGTH, memory.descriptor()).unwrap();
-    }
-    assert_eq!(server.channel.place_view(99, &view, 0..10, part(10)), Err(SubmitError::Full));
     server.channel.close();
-    let all = placed(&mut server, depth);
-    assert!(all.iter().all(|one| one.outcome == Err(OperationError::Flushed)));
-    assert!(all.iter().map(|one| one.token).eq(0..depth as u64));
+    let (placed, _) = place(&mut server, &view, 0..10, part(10), 0);
+    assert!(matches!(placed, ViewPlaced::Unable(_)), "{placed:?}");
     assert_eq!(Arc::strong_count(&view), 1);
-    assert_eq!(server.channel.place_view(1, &view, 0..10, part(10)), Err(SubmitError::Closed));
 }
 
 #[test]
@@ -84,29 +160,16 @@ fn memory_that_the_peer_has_not_given_ends_the_channel() {
     let (mut client, mut server) = ends::<Tcp>(Sizes::default(), 4);
     let memory = client.register(LENGTH, RemoteAccess::Fetch);
     let (_file, view) = view(7);
-    server.channel.place_view(1, &view, 0..LENGTH, memory.descriptor()).unwrap();
+    place(&mut server, &view, 0..LENGTH, memory.descriptor(), 0);
     let start = Instant::now();
     while client.channel.ended().is_none() || server.channel.ended().is_none() {
         server.pump();
         client.pump();
         assert!(start.elapsed() < PATIENCE);
     }
-    placed(&mut server, 1);
     let mut bytes = vec![1; LENGTH];
     memory.region().copy_out(0, &mut bytes).unwrap();
     assert!(bytes.iter().all(|byte| *byte == 0));
-}
-
-#[test]
-fn a_file_that_was_cut_short_ends_the_channel_with_what_is_so() {
-    let (client, mut server) = ends::<Tcp>(Sizes::default(), 4);
-    let memory = client.register(LENGTH, RemoteAccess::Place);
-    let (file, view) = view(7);
-    rustix::fs::ftruncate(&file, 5000).unwrap();
-    server.channel.place_view(1, &view, 0..LENGTH, memory.descriptor()).unwrap();
-    assert_eq!(placed(&mut server, 1)[0].outcome, Err(OperationError::Flushed));
-    let Some(ChannelError::Transport(why)) = server.channel.ended() else { panic!("it lives") };
-    assert!(why.contains("cut short"), "{why}");
 }
 
 #[test]
@@ -118,8 +181,8 @@ fn other_transports_take_no_mapped_files() {
         let mut server = ends::<F>(Sizes::default(), 0).1;
         assert!(!server.channel.places_views(), "{}", F::NAME);
         let remote = RegionDescriptor::new(4096, 1, 10);
-        let placed = server.channel.place_view(1, &view(1).1, 0..10, remote);
-        assert_eq!(placed, Err(SubmitError::Invalid), "{}", F::NAME);
+        let (placed, _) = place(&mut server, &view(1).1, 0..10, remote, 0);
+        assert!(matches!(placed, ViewPlaced::Unable(_)), "{}", F::NAME);
     }
     refuses::<Memory>();
     refuses::<Local>();

@@ -64,7 +64,7 @@ impl<'a> RecvSegment<'a> {
     }
 }
 
-// SAFETY: a segment stands for the slice or the region it was made from, both of which may go to other threads.
+// SAFETY: a segment stands for the slice, the region or the file it was made from, all of which may go to other threads.
 unsafe impl Send for SendSegment<'_> {}
 // SAFETY: as above.
 unsafe impl Send for RecvSegment<'_> {}
