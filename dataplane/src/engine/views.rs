@@ -43,6 +43,8 @@ const EXTENT: usize = 16 << 20;
 
 /// So far behind the end of a file nothing of it is in memory.
 const BEYOND: u64 = 1 << 30;
+/// Bytes that are given to the socket with one call, at most: the more, the less often who receives wakes up.
+const SENT_BYTES_MAX: u64 = 1 << 20;
 
 /// An extent of a binding's file.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -199,8 +201,9 @@ impl Conn {
             binding.pins = if may { Pins::Viewed } else { Pins::Never };
         }
         let offset = request.offset + u64::from(request.next);
-        let wanted =
-            u64::from(self.piece(cx, request, request.next)).min(EXTENT_BYTES - offset % EXTENT_BYTES);
+        let wanted = u64::from(request.length - request.next)
+            .min(SENT_BYTES_MAX)
+            .min(EXTENT_BYTES - offset % EXTENT_BYTES);
         let count = there.saturating_sub(offset).min(wanted);
         if self.bindings.get(at)?.pins == Pins::Never || count == 0 {
             return None;
@@ -217,18 +220,22 @@ impl Conn {
             return None;
         };
         let token = Token::Place { binding: at }.number();
-        let mut rest = Progress::Complete(length as usize);
-        let mut fill = |bytes: &mut [u8], done: usize| rest = read_rest(&*file, bytes, offset, done);
+        let mut rest = None;
+        let mut fill = |bytes: &mut [u8], done: usize| rest = Some(read_rest(&*file, bytes, offset, done));
         let part = FilePart { token, view, range, remote, buffer, fill: &mut fill };
         let placed = self.transport.place_view(part);
         self.unpolled = true;
-        match placed {
-            ViewPlaced::Done(buffer) => self.give(buffer),
-            ViewPlaced::Begun => {
+        let sent = match placed {
+            ViewPlaced::Done(buffer, sent) => {
+                self.give(buffer);
+                sent
+            }
+            ViewPlaced::Begun(sent) => {
                 if let Some(binding) = self.bindings.get_mut(at) {
                     binding.transport_ops += 1;
                 }
                 self.begun(cx.now, cx.settings.limits.stuck_ms);
+                sent
             }
             ViewPlaced::Full(buffer) => {
                 self.give(buffer);
@@ -240,18 +247,21 @@ impl Conn {
                 self.give(buffer);
                 return None;
             }
-        }
+        };
         request.roundabout = false;
         cx.gauges.pieces_viewed_total.add(1);
-        let (Progress::Complete(done) | Progress::Partial(done) | Progress::Failed(done, _)) = rest;
-        if let Progress::Failed(_, status) = rest {
-            request.answer = Some((status, 0));
-            return Some(Some(Step::Again));
-        }
+        let done = match rest {
+            None => sent,
+            Some(Progress::Complete(done) | Progress::Partial(done)) => done,
+            Some(Progress::Failed(_, status)) => {
+                request.answer = Some((status, 0));
+                return Some(Some(Step::Again));
+            }
+        };
         request.next += u32::try_from(done).unwrap_or(0);
         *bytes += done;
         // The file ends here, or has lost what was looked for.
-        let is_short = (done as u64) < wanted;
+        let is_short = done < sent || (count < wanted && sent as u64 == count);
         if is_short || request.next == request.length {
             self.reply(cx, slot, request, Status::Ok, request.next, None);
             return Some(None);

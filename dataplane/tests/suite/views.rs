@@ -53,10 +53,9 @@ fn long_reads_are_sent_from_the_mapped_file_and_end_where_it_does() {
     let (mut client, binding, _open) = bound(&rig, &content);
     // Within an extent, across two, unaligned, up to the end, beyond it.
     let mut sum = 0;
-    // Pieces are as long as a buffer, 256 KiB.
     for (at, length, pieces) in [
-        (0, 1 << 20, 4),
-        (3, 3_000_000, 12),
+        (0, 1 << 20, 1),
+        (3, 3_000_000, 3),
         (EXTENT - 70_000, 140_000, 2),
         (4097, 65_536, 1),
         (EXTENT - 1, 4 << 20, 2),
@@ -101,7 +100,7 @@ fn what_is_read_is_what_the_file_has_however_it_changes() {
     content.extend_from_slice(b"more");
     check(&mut client, &content, "longer");
     let viewed = rig.gauge(VIEWED);
-    assert!(viewed > 5);
+    assert!(viewed >= 5);
     // A hole is not filled by reading it, and is read all the same.
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(&*open.file, punch, 8192, 65_536).unwrap();
@@ -225,8 +224,9 @@ fn a_read_waits_for_a_slow_client_without_a_buffer() {
     }
 }
 
+/// It goes through buffers then: rules don't wait for the client, and what the owner of the lock writes is not seen.
 #[test]
-fn lck_01_rules_wait_for_a_read_that_waits_for_its_client() {
+fn lck_01_a_read_that_waits_for_its_client_is_done_before_rules_are_in_force() {
     let rig = Rig::with(|settings| {
         many_buffers(settings);
         settings.limits.fence_ms = 20_000;
@@ -238,13 +238,11 @@ fn lck_01_rules_wait_for_a_read_that_waits_for_its_client() {
     let told = Told::Restricted(Restricted { open: open.id, version: 1 });
     let rules = vec![IoRule { range: ByteRange::new(0, LENGTH as u64).unwrap(), deny: Access::READ }];
     rig.engine.restrict(Restrict { open: open.id, version: 1, rules });
-    let is_told = || rig.control.told().contains(&told);
-    eventually("judged", || is_told() || rig.gauge("restricts_pending") == 1);
-    assert!(!is_told(), "the lock is granted, and a read from before has yet to be answered");
+    eventually("restricted", || rig.control.told().contains(&told));
+    assert_eq!(rig.gauge(VIEWED), 0, "nothing is sent from the file that was not read before");
+    open.file.write_all_at(&vec![b'X'; LENGTH], 0).unwrap();
     assert_eq!(client.answer(request), (Status::Ok, LENGTH as u32));
     assert!(bytes(&memory) == content);
-    eventually("restricted", is_told);
-    assert_eq!(rig.gauge(VIEWED), 0, "what others wait for goes through buffers");
     assert_eq!(client.read(binding, 0, LENGTH as u32).0, Status::LockConflict);
 }
 

@@ -97,7 +97,7 @@ pub struct FilePart<'a> {
     pub range: Range<usize>,
     /// Where they go; as long.
     pub remote: RegionDescriptor,
-    /// For what is not taken at once: as long, at least.
+    /// For what is not taken at once. The part goes as Places as long as this is, several with one call.
     pub buffer: Buffer,
     /// Reads that: the bytes of the part from the number on, all of them. What the file does not have any more is zeros.
     pub fill: &'a mut dyn FnMut(&mut [u8], usize),
@@ -106,10 +106,10 @@ pub struct FilePart<'a> {
 /// What came of it.
 #[derive(Debug)]
 pub enum ViewPlaced {
-    /// All has been taken: there is no completion.
-    Done(Buffer),
-    /// Some has been taken, the rest filled into the buffer: an operation in flight, with the completion of a Place.
-    Begun,
+    /// So many bytes have been taken, not necessarily all: there is no completion.
+    Done(Buffer, usize),
+    /// So many have, or were filled into the buffer: an operation in flight, with the completion of a Place.
+    Begun(usize),
     /// Nothing has been taken, for want of room: the wake descriptor tells when there is some.
     Full(Buffer),
     /// Nothing has been taken: no such part may be placed here, or the file has lost its pages.

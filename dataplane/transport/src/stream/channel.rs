@@ -262,19 +262,13 @@ impl<W: Wire> Channel for StreamChannel<W> {
 
     fn place_view(&mut self, part: FilePart<'_>) -> ViewPlaced {
         let (length, inside) = (part.range.len(), part.range.end <= part.view.len());
-        let fits = W::TAKES_FILES && length > 0 && inside && length == part.remote.length() as usize;
-        let operation = Operation::Place { buffer: part.buffer, remote: part.remote };
-        let is_admitted = fits && self.end.is_none() && self.admission.check(&operation).is_ok();
-        let (Operation::Place { buffer, .. }
-        | Operation::Fetch { buffer, .. }
-        | Operation::Send { buffer, .. }
-        | Operation::Recv { buffer }) = operation;
-        if !is_admitted {
-            return ViewPlaced::Unable(buffer);
+        let fits = length > 0 && inside && length == part.remote.length() as usize && !part.buffer.is_empty();
+        let is_open = W::TAKES_FILES && self.end.is_none();
+        if !is_open || !fits || self.admission.check_transfer(length).is_err() {
+            return ViewPlaced::Unable(part.buffer);
         }
-        let part = FilePart { buffer, ..part };
         let placed = self.transmit.push_file(&mut self.wire, &mut self.fetches, &mut self.ready, part);
-        if matches!(placed, ViewPlaced::Begun) {
+        if matches!(placed, ViewPlaced::Begun(_)) {
             self.admission.enter(Kind::Place);
         }
         placed

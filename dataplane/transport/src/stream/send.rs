@@ -277,8 +277,8 @@ impl Transmit {
         }
     }
 
-    /// Sends a part of a file, and what is in front of it, now: nothing of the file is looked at later. What the wire does not take of a
-    /// part that it has begun with is filled into the buffer, and goes from there.
+    /// Sends a part of a file, and what is in front of it, now: nothing of the file is looked at later. Of the frame in which the wire
+    /// stops, the rest is filled into the buffer, and goes from there; those behind it are not begun.
     pub(super) fn push_file<W: Wire>(
         &mut self,
         wire: &mut W,
@@ -287,37 +287,45 @@ impl Transmit {
         part: FilePart<'_>,
     ) -> ViewPlaced {
         let FilePart { token, view, range, remote, mut buffer, fill } = part;
-        let (tag, length) = (self.place_tag(), range.len());
-        self.enqueue(Frame::Place { remote, tag }, Payload::File(Arc::clone(view), range), tag, None);
+        let (mut queued, piece_max) = (0, u32::try_from(buffer.len()).unwrap_or(u32::MAX));
+        while let Some(remote) = remote.part(queued, piece_max.min(remote.length() - queued)) {
+            if remote.length() == 0 {
+                break;
+            }
+            let start = range.start + queued as usize;
+            let payload = Payload::File(Arc::clone(view), start..start + remote.length() as usize);
+            let tag = self.place_tag();
+            self.enqueue(Frame::Place { remote, tag }, payload, tag, None);
+            queued += remote.length();
+        }
         let mut outcome = self.push(wire, fetches, ready);
         // The wire has taken what was in front and stopped there: whether for want of room, or as the file has lost its pages, the next
         // call tells.
-        if outcome.is_ok()
-            && self.queue.len() == 1
-            && self.queue.front().is_some_and(Outgoing::is_unbegun_file)
-        {
+        if outcome.is_ok() && self.queue.front().is_some_and(Outgoing::is_unbegun_file) {
             outcome = self.push(wire, fetches, ready);
         }
-        if self.queue.back().is_some_and(Outgoing::is_unbegun_file) {
+        let mut placed = queued as usize;
+        while let Some(unbegun) = self.queue.back().filter(|frame| frame.is_unbegun_file()) {
+            placed -= unbegun.payload.length();
             self.queue.pop_back();
-            return match outcome {
-                Err(ending) if has_lost_its_pages(&ending) => ViewPlaced::Unable(buffer),
-                // If it is an error, the next call has it too.
-                _ => ViewPlaced::Full(buffer),
-            };
         }
-        let Some(frame) = self.queue.back_mut().filter(|frame| matches!(frame.payload, Payload::File(..)))
-        else {
-            return ViewPlaced::Done(buffer);
-        };
-        let done = frame.sent.saturating_sub(HEADER_BYTES);
-        if let Some(rest) = buffer.get_mut(done..length) {
-            fill(rest, done);
+        let begun = self.queue.back_mut().filter(|frame| matches!(frame.payload, Payload::File(..)));
+        if let Some(frame) = begun {
+            let (done, length) = (frame.sent.saturating_sub(HEADER_BYTES), frame.payload.length());
+            if let Some(rest) = buffer.get_mut(done..length) {
+                fill(rest, placed - length + done);
+            }
+            frame.payload = Payload::Owned(Owned { token, kind: Kind::Place, buffer, length });
+            // It may be for lost pages that the wire stopped: then it makes no edge.
+            self.blocked = false;
+            return ViewPlaced::Begun(placed);
         }
-        frame.payload = Payload::Owned(Owned { token, kind: Kind::Place, buffer, length });
-        // It may be for lost pages that the wire stopped: then it makes no edge.
-        self.blocked = false;
-        ViewPlaced::Begun
+        match outcome {
+            _ if placed > 0 => ViewPlaced::Done(buffer, placed),
+            Err(ending) if has_lost_its_pages(&ending) => ViewPlaced::Unable(buffer),
+            // If it is an error, the next call has it too.
+            _ => ViewPlaced::Full(buffer),
+        }
     }
 
     /// Tells the peer why the connection ends, if what is being sent and this still go into the wire. Everything

@@ -50,7 +50,7 @@ fn what_was_placed_from_a_file_is_there_when_the_next_message_is() {
         // In the order of what was submitted before.
         server.send(6, b"before");
         let (placed, from) = place(&mut server, &view, at..LENGTH, remote, 0);
-        assert!(matches!(placed, ViewPlaced::Done(_)) && from.is_none(), "{placed:?}");
+        assert!(matches!(placed, ViewPlaced::Done(..)) && from.is_none(), "{placed:?}");
         drop(placed);
         // It was read when the call returned.
         rustix::io::pwrite(&file, &vec![9; LENGTH], 0).unwrap();
@@ -81,8 +81,8 @@ fn what_the_wire_does_not_take_comes_from_the_buffer() {
     let (mut taken, mut begun) = (0, None);
     while begun.is_none() {
         match place(&mut server, &view, 0..LENGTH, memory.descriptor(), 8) {
-            (ViewPlaced::Done(_), None) => taken += 1,
-            (ViewPlaced::Begun, Some(from)) => begun = Some(from),
+            (ViewPlaced::Done(..), None) => taken += 1,
+            (ViewPlaced::Begun(_), Some(from)) => begun = Some(from),
             // Nothing of it fitted: some must be received for the next to be begun.
             (ViewPlaced::Full(_), None) => {
                 client.pump();
@@ -121,7 +121,7 @@ fn a_file_that_was_cut_short_is_not_placed_and_the_channel_lives() {
     server.send(6, b"before");
     // From its beginning: how much is taken is the kernel's affair, and the rest is asked for.
     match place(&mut server, &view, 0..LENGTH, memory.descriptor(), 8) {
-        (ViewPlaced::Begun, Some(from)) => {
+        (ViewPlaced::Begun(_), Some(from)) => {
             assert!(from <= 8192);
             server.next_of(Kind::Place);
         }
