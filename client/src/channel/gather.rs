@@ -16,8 +16,11 @@ use std::time::{Duration, Instant};
 
 /// So many that are gathered go out at once.
 const MANY: usize = 16;
-/// Longest time between a batch and the driver's return that is no loss.
+/// Longest time between a batch and the driver's return that is no loss: so much, and where sending costs a system call so
+/// much for each request that was asked meanwhile. (Where many channels share a processor and its cache, a task takes several
+/// times as long to ask.)
 const SHORT: Duration = Duration::from_micros(100);
+const SHORT_EACH: Duration = Duration::from_micros(25);
 /// Batches that gather nothing after one that took longer.
 const PAUSE: u32 = 64;
 
@@ -26,12 +29,20 @@ const PAUSE: u32 = 64;
 pub(super) struct Gather {
     since: Option<Instant>,
     queued: usize,
+    /// Requests submitted since the batch.
+    asked: u32,
     /// Requests answered since the driver looked.
     answered: usize,
     pause: u32,
+    /// Sending costs no system call.
+    is_cheap: bool,
 }
 
 impl Gather {
+    pub(super) fn new(is_cheap: bool) -> Self {
+        Self { is_cheap, ..Self::default() }
+    }
+
     /// A request was answered.
     pub(super) fn answered(&mut self) {
         self.answered += 1;
@@ -43,13 +54,14 @@ impl Gather {
         if several && self.pause > 0 {
             self.pause -= 1;
         } else if several {
-            self.since = Some(Instant::now());
+            (self.since, self.asked) = (Some(Instant::now()), 0);
         }
         self.since.is_some()
     }
 
     /// A request was submitted. True if it can wait for others.
     pub(super) fn takes(&mut self) -> bool {
+        self.asked = self.asked.saturating_add(1);
         if self.since.is_none() || self.queued + 1 >= MANY {
             self.queued = 0;
             return false;
@@ -60,11 +72,17 @@ impl Gather {
 
     /// The driver is back. True if there is something to be pushed out.
     pub(super) fn end(&mut self) -> bool {
-        if self.since.take().is_some_and(|since| since.elapsed() > SHORT) {
+        let asked = if self.is_cheap { 0 } else { self.asked };
+        if self.since.take().is_some_and(|since| is_long(since.elapsed(), asked)) {
             self.pause = PAUSE;
         }
         std::mem::take(&mut self.queued) > 0
     }
+}
+
+/// True if a time between a batch and the driver's return, in which so many requests were asked, held some of them up.
+fn is_long(took: Duration, asked: u32) -> bool {
+    took > SHORT + SHORT_EACH.saturating_mul(asked)
 }
 
 #[cfg(test)]
@@ -93,6 +111,19 @@ mod tests {
             assert_eq!(gather.takes(), round % MANY != 0);
         }
         assert!(!gather.end(), "all have gone out");
+    }
+
+    #[test]
+    fn a_long_round_in_which_many_asked_is_no_reason_to_pause() {
+        assert!(is_long(2 * SHORT, 1) && !is_long(2 * SHORT, 16));
+        assert!(!is_long(SHORT, 0) && is_long(10 * SHORT, 16));
+        let mut gather = Gather { answered: 2, ..Gather::default() };
+        assert!(gather.begin() && gather.takes() && gather.takes());
+        assert_eq!(gather.asked, 2);
+        gather.since = None;
+        gather.answered = 2;
+        assert!(gather.begin());
+        assert_eq!(gather.asked, 0, "each batch counts its own");
     }
 
     #[test]

@@ -71,12 +71,13 @@ pub(crate) struct State {
 
 impl State {
     pub(super) fn new(channel: Box<dyn Channel>, frames: Pool, credits_max: usize) -> Self {
-        let prompt = Prompt::new(channel.capabilities());
+        let can = channel.capabilities();
+        let prompt = Prompt::new(can);
         Self {
             channel,
             frames,
             prompt,
-            gather: Gather::default(),
+            gather: Gather::new(can.cheap_poll),
             armed: false,
             done: Vec::with_capacity(credits_max),
             slots: Slab::with_capacity(credits_max),

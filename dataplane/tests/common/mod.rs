@@ -20,6 +20,7 @@ use holdfast_shared::types::Access;
 use holdfast_transport::Listener;
 use holdfast_transport::local::{LocalListener, connect};
 use holdfast_transport::memory::{Faults, pair};
+use holdfast_transport::tcp::{self, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,6 +91,21 @@ impl Rig {
         let mut client = Client::new(Box::new(channel), parts);
         client.hello();
         client
+    }
+
+    /// Clients over TCP, which have read the server's hello.
+    pub fn tcp_clients(&self, count: usize) -> Vec<Client> {
+        let mut listener = TcpListener::bind(([127, 0, 0, 1], 0).into()).unwrap();
+        let each = |_| {
+            let parts = Client::parts();
+            let channel = tcp::connect(listener.address(), Duration::from_secs(10), parts.setup()).unwrap();
+            let accepted = listener.accept(&mut |peer| self.engine.setup(peer)).unwrap();
+            self.engine.adopt(accepted);
+            let mut client = Client::new(Box::new(channel), parts);
+            client.hello();
+            client
+        };
+        (0..count).map(each).collect()
     }
 
     /// A client that has not.

@@ -4,6 +4,7 @@ use crate::common::{Msg, Rig, Told, eventually, pattern};
 use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, RegionDescriptor, Status};
 use holdfast_shared::wire::data::Opcode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[test]
 fn bytes_are_read_and_written() {
@@ -314,6 +315,67 @@ fn workers_share_the_channels() {
     rig.wait_gauge("channels", 0);
     rig.wait_gauge("buffers_free", rig.gauge("buffers_total"));
     eventually("every binding is released", || rig.control.all_released());
+}
+
+/// Where looking costs a system call, a worker lets channels go that have nothing while others keep it busy.
+#[test]
+fn of_many_channels_over_tcp_none_is_forgotten() {
+    let rig = Rig::new();
+    let content = pattern(64 << 10, 9);
+    let open = rig.open(&content);
+    let mut clients = rig.tcp_clients(14);
+    let bindings: Vec<u32> = clients.iter_mut().map(|client| client.bind(&open).unwrap()).collect();
+    // So many in flight each; every round others have nothing to ask. All answers come, whoever keeps the worker busy.
+    for round in 0..300usize {
+        let asks = |n: usize| if n < 2 { 8 } else { (round / (n + 1) + n) % 4 };
+        let mut asked: Vec<Vec<u32>> = Vec::new();
+        for (n, (client, binding)) in clients.iter_mut().zip(&bindings).enumerate() {
+            let whole = client.descriptor();
+            let read = |k: usize| {
+                let (at, to) = ((round * 37 + n * 11 + k) % 60_000, u32::try_from(k * 4096).unwrap());
+                client.send_io(Opcode::Read, *binding, at as u64, 4096, whole.part(to, 4096).unwrap())
+            };
+            asked.push((0..asks(n)).map(read).collect());
+        }
+        for (n, (client, asked)) in clients.iter_mut().zip(asked).enumerate() {
+            for (k, request) in asked.into_iter().enumerate() {
+                assert_eq!(client.answer(request), (Status::Ok, 4096), "round {round}, client {n}");
+                let (at, mut bytes) = ((round * 37 + n * 11 + k) % 60_000, [0; 4096]);
+                client.region().copy_out(k * 4096, &mut bytes).unwrap();
+                assert_eq!(bytes[..], content[at..at + 4096]);
+            }
+        }
+    }
+    // One that had nothing for long, while two never rest.
+    let quiet = clients.split_off(2);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Also if something fails here.
+        let _rest = Rest(&done);
+        for (client, binding) in clients.iter_mut().zip(&bindings) {
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(client.read(*binding, 0, 4096).0, Status::Ok);
+                }
+            });
+        }
+        for (mut client, binding) in quiet.into_iter().zip(&bindings[2..]) {
+            for n in 0..20 {
+                let at = usize::try_from(n).unwrap();
+                assert_eq!(client.read(*binding, n, 5).1, content[at..at + 5]);
+            }
+        }
+    });
+}
+
+/// Ends those who never rest.
+struct Rest<'a>(&'a AtomicBool);
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]

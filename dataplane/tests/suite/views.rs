@@ -6,7 +6,7 @@ use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, RegionDescriptor, Status};
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
-use holdfast_transport::{Listener, Registration, RemoteAccess, tcp};
+use holdfast_transport::{Registration, RemoteAccess};
 use holdfast_verbs::memory::{Nowait, Region};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
@@ -22,14 +22,7 @@ const VIEWED: &str = "pieces_viewed_total";
 const MAPPED: &str = "viewed_file_bytes";
 
 fn client(rig: &Rig) -> Client {
-    let mut listener = tcp::TcpListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let parts = Client::parts();
-    let address = listener.address();
-    let channel = tcp::connect(address, Duration::from_secs(10), parts.setup()).unwrap();
-    rig.engine.adopt(listener.accept(&mut |peer| rig.engine.setup(peer)).unwrap());
-    let mut client = Client::new(Box::new(channel), parts);
-    client.hello();
-    client
+    rig.tcp_clients(1).pop().unwrap()
 }
 
 /// A file in memory: of that file system it is known that a mapping shows what `read` does.
