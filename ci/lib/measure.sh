@@ -70,7 +70,7 @@ rdma_device() { find /sys/class/infiniband -mindepth 1 -printf '%f\n' | sort | h
 machine() { # native|verbs load-before rounds
 	date -u '+%Y-%m-%d %H:%M UTC'
 	awk -F': *' '/model name/ { print $2; exit }' /proc/cpuinfo
-	echo "$(nproc) processors, $(uname -srm)"
+	echo "$(nproc) processors, $(uname -s) $(uname -r | sed "s/-.*//") $(uname -m)"
 	[ "$1" = native ] || echo "soft-RoCE by route ${HOLDFAST_RXE_ROUTE:-host}"
 	echo "load before $2, after $(load); $3 rounds of $seconds s"
 }
