@@ -170,8 +170,8 @@ pub(crate) struct Conn {
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
     pub(super) held: usize,
-    /// Fetches in flight.
-    pub(super) fetching: usize,
+    /// Bytes of the fetches in flight.
+    pub(super) fetching: u32,
     pub(super) stuck_by: Option<Instant>,
     /// Since the last completion: no room at the transport.
     blocked: bool,

@@ -90,7 +90,9 @@ impl Conn {
         match self.phase {
             Phase::Ending { by } if by <= cx.now => self.close(cx),
             Phase::Closed => {}
-            _ if over(self.stuck_by) && self.ops > 0 => self.abort(cx, "the peer makes no progress"),
+            _ if over(self.stuck_by) && (self.ops > 0 || !self.awaits_wire.is_empty()) => {
+                self.abort(cx, "the peer makes no progress")
+            }
             _ if over(self.drain_deadline()) => self.abort(cx, "operations of a fenced binding do not end"),
             _ if over(self.restrict_deadline()) => {
                 self.abort(cx, "requests begun before a restriction do not end");

@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 /// Bytes of one channel that are being fetched at once, at most: enough for any wire, and what has just come is still in the processor's
 /// cache when it is written, as is the buffer that the next one goes to.
-const FETCHING_BYTES_MAX: usize = 2 << 20;
+const FETCHING_BYTES_MAX: u32 = 2 << 20;
 
 impl Conn {
     /// One piece of a read. `None`: it was answered.
@@ -285,9 +285,12 @@ impl Conn {
             let waits = request.in_progress();
             let piece = request.next;
             let length = self.piece(cx, request, piece);
-            let is_enough = self.fetching >= FETCHING_BYTES_MAX.div_ceil(self.piece_max(cx));
-            if is_enough || !self.room(1) {
+            if !self.room(1) {
                 return if waits { Step::Next } else { Step::NoRoom };
+            }
+            // Each of those gives a buffer back: then it goes on, and others are not held up meanwhile.
+            if self.fetching > 0 && self.fetching.saturating_add(length) > FETCHING_BYTES_MAX {
+                return if waits { Step::Next } else { Step::NoBuffer };
             }
             let Some(buffer) = self.take(cx) else {
                 return if waits { Step::Next } else { Step::NoBuffer };
@@ -301,7 +304,7 @@ impl Conn {
             if !self.submit(cx, Token::Fetch { slot, piece }, Operation::Fetch { buffer, remote }) {
                 return Step::Next;
             }
-            self.fetching += 1;
+            self.fetching += length;
             if let Some(binding) = self.bindings.get_mut(at) {
                 binding.transport_ops += 1;
             }
@@ -324,10 +327,12 @@ impl Conn {
 
     /// A piece of a write came from the client.
     pub(super) fn fetched(&mut self, cx: &mut Cx, slot: u16, piece: u32, mut buffer: Buffer, came: bool) {
-        self.fetching = self.fetching.saturating_sub(1);
         let Some(mut request) = self.requests.get_mut(usize::from(slot)).and_then(Option::take) else {
+            // None goes before its fetches have come back; a count that is too low does no harm.
+            self.fetching = 0;
             return self.give(buffer);
         };
+        self.fetching = self.fetching.saturating_sub(self.piece(cx, &request, piece));
         request.fetches = request.fetches.saturating_sub(1);
         let length = self.piece(cx, &request, piece) as usize;
         let open = self.phase == Phase::Open;

@@ -131,7 +131,10 @@ impl Views {
     fn map(&mut self, key: Key, file: &dyn FileIo) -> Option<&Arc<FileMapping>> {
         if !self.views.contains_key(&key) {
             if self.bytes + EXTENT_BYTES > self.bytes_max {
-                self.make_room();
+                // Unless some is on its way.
+                if self.bytes <= self.views.len() as u64 * EXTENT_BYTES {
+                    self.make_room();
+                }
                 return None;
             }
             // Whole extents: what a file does not have yet it may have later.

@@ -556,6 +556,10 @@ impl Worker {
             // The descriptors are ours and valid: this cannot go on, and silence would be worse.
             Err(error) => crate::fault::fatal("a worker cannot wait for events", &error),
         }
+        if !events.is_empty() {
+            // Who may go on is given time from now, not from when the worker fell asleep.
+            self.cx.now = Instant::now();
+        }
         for event in events.iter() {
             let data = event.data.u64();
             if data == INBOX_EVENT {

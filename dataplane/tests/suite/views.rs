@@ -1,16 +1,20 @@
 //! Long reads over tcp, sent straight from mapped files: that they are, within bounds, and that what is read is what the file has.
 
-use crate::common::{Client, Msg, Open, Rig, Told, eventually, pattern};
+use crate::common::{Client, Msg, Open, Rig, Told, anyone, eventually, pattern};
 use holdfast_dataplane::engine::{FileIo, KernelFile, Opener, Settings};
-use holdfast_shared::auth::MacPolicy;
+use holdfast_shared::auth::{ChannelIdentity, MacPolicy};
 use holdfast_shared::types::{Access, ByteRange, IoRule, RegionDescriptor, Status};
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
-use holdfast_transport::{Registration, RemoteAccess};
+use holdfast_transport::{
+    Armed, Capabilities, Channel, ChannelError, Completion, FilePart, Operation, Registrar, Registration,
+    Rejected, RemoteAccess, ViewPlaced,
+};
 use holdfast_verbs::memory::{Nowait, Region};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -347,5 +351,65 @@ fn what_was_mapped_goes_with_its_binding_whatever_becomes_of_the_file() {
     assert!(client.read(binding, 0, LENGTH as u32) == (Status::Ok, content));
     assert_eq!(rig.gauge(VIEWED), pieces);
     drop(client);
+    rig.wait_gauge(MAPPED, 0);
+}
+
+/// A channel that never has room for a part of a file.
+struct Unwilling(Box<dyn Channel>);
+
+impl Channel for Unwilling {
+    fn identity(&self) -> &ChannelIdentity {
+        self.0.identity()
+    }
+    fn peer(&self) -> SocketAddr {
+        self.0.peer()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
+        self.0.submit(token, operation)
+    }
+    fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
+        self.0.poll(done)
+    }
+    fn arm(&mut self) -> Armed {
+        self.0.arm()
+    }
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.0.wake_fd()
+    }
+    fn close(&mut self) {
+        self.0.close();
+    }
+    fn ended(&self) -> Option<ChannelError> {
+        self.0.ended()
+    }
+    fn registrar(&self) -> Arc<dyn Registrar> {
+        self.0.registrar()
+    }
+    fn places_views(&self) -> bool {
+        true
+    }
+    fn place_view(&mut self, part: FilePart<'_>) -> ViewPlaced {
+        ViewPlaced::Full(part.buffer)
+    }
+}
+
+/// Though no operation is in flight.
+#[test]
+fn a_client_that_never_makes_room_is_sent_away_in_time() {
+    let rig = Rig::with(|settings| settings.limits.stuck_ms = 300);
+    let open = open(&rig, &pattern(LENGTH, 9), MacPolicy::Header);
+    let parts = Client::parts();
+    let setup = rig.engine.setup(anyone()).expect("room for a channel");
+    let (ours, theirs) = holdfast_transport::memory::pair(parts.setup(), setup).unwrap();
+    rig.engine.adopt(Box::new(Unwilling(Box::new(theirs))));
+    let mut client = Client::new(Box::new(ours), parts);
+    client.hello();
+    let binding = client.bind(&open).unwrap();
+    client.send_io(Opcode::Read, binding, 0, LENGTH as u32, client.descriptor());
+    rig.wait_gauge(MAPPED, EXTENT as u64);
+    rig.wait_gauge("channels", 0);
     rig.wait_gauge(MAPPED, 0);
 }

@@ -77,6 +77,10 @@ impl Outgoing {
     fn is_unbegun_file(&self) -> bool {
         self.sent == 0 && matches!(self.payload, Payload::File(..))
     }
+
+    fn is_begun_file(&self) -> bool {
+        self.sent > 0 && matches!(self.payload, Payload::File(..))
+    }
 }
 
 /// True if it is a mapped file that has ended it, which was cut short: nothing was sent then.
@@ -299,9 +303,12 @@ impl Transmit {
             queued += remote.length();
         }
         let mut outcome = self.push(wire, fetches, ready);
-        // The wire has taken what was in front and stopped there: whether for want of room, or as the file has lost its pages, the next
+        // The wire has taken some of what was in front and stopped: whether for want of room, or as the file has lost its pages, the next
         // call tells.
-        if outcome.is_ok() && self.queue.front().is_some_and(Outgoing::is_unbegun_file) {
+        while matches!(outcome, Ok(true))
+            && self.queue.back().is_some_and(Outgoing::is_unbegun_file)
+            && !self.queue.front().is_some_and(Outgoing::is_begun_file)
+        {
             outcome = self.push(wire, fetches, ready);
         }
         let mut placed = queued as usize;

@@ -63,7 +63,8 @@ pub(crate) trait Wire: Send + Sized {
     const TAKES_FILES: bool = false;
 
     /// Sends from the first [`PIECES_MAX`] pieces, as much as is taken now; `None` if nothing is, and then it makes an edge of the
-    /// wake descriptor when something would be. (One that is not cheap does so too if it takes less than it was given.)
+    /// wake descriptor when something would be. (One that is not cheap does so too if it takes less than it was given,
+    /// unless a file's pages are gone.)
     fn send(&mut self, pieces: &[Piece<'_>]) -> Result<Option<usize>, Ending>;
 
     /// Receives into the first [`PIECES_MAX`] rooms; `None` if nothing has come, [`Ending::Disconnected`] if nothing will.
