@@ -53,7 +53,7 @@ impl Drain {
 
 /// Whether long reads of a binding's file may be placed from its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pins {
+pub(crate) enum FromPages {
     /// Nothing long was read yet.
     Unknown,
     Never,
@@ -91,7 +91,7 @@ pub(crate) struct Binding {
     pub(crate) state: State,
     /// `None` once gone.
     pub(crate) file: Option<Arc<dyn FileIo>>,
-    pub(crate) pins: Pins,
+    pub(crate) from_pages: FromPages,
     /// Of the open: whether a flush has failed.
     pub(crate) latch: Arc<Latch>,
     /// What its I/O may not touch, and the version of that.
@@ -130,7 +130,7 @@ impl Binding {
             payload_out: PayloadKey::new(&keys.to_client, policy),
             state: State::Active,
             file: Some(file),
-            pins: if grant.direct { Pins::Never } else { Pins::Unknown },
+            from_pages: if grant.direct { FromPages::Never } else { FromPages::Unknown },
             latch,
             rules,
             last_write_ns: 0,
@@ -170,9 +170,9 @@ impl Binding {
     /// It needs its file no more.
     pub(crate) fn let_file_go(&mut self, conn: ConnKey, cx: &mut Cx) {
         self.file = None;
-        match (std::mem::replace(&mut self.pins, Pins::Never), &mut cx.pinned, &mut cx.views) {
-            (Pins::Watched(key), Some(pinned), _) => pinned.leave(key),
-            (Pins::Viewed, _, Some(views)) => views.leave(conn, self.name()),
+        match (std::mem::replace(&mut self.from_pages, FromPages::Never), &mut cx.pinned, &mut cx.views) {
+            (FromPages::Watched(key), Some(pinned), _) => pinned.leave(key),
+            (FromPages::Viewed, _, Some(views)) => views.leave(conn, self.name()),
             _ => {}
         }
     }

@@ -300,14 +300,6 @@ impl Conn {
         self.cheap
     }
 
-    /// Its wake descriptor says that the wire takes more.
-    pub(crate) fn is_writable(&mut self, cx: &Cx) {
-        if !self.awaits_wire.is_empty() {
-            self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
-            self.wire_has_room();
-        }
-    }
-
     /// Polls the transport once and takes what came. True if something did.
     pub(crate) fn poll(&mut self, cx: &mut Cx, done: &mut Vec<Completion>) -> bool {
         self.unpolled = false;

@@ -58,7 +58,7 @@ impl Conn {
                 binding.state = State::Draining { drain, by };
                 self.draining += 1;
                 self.withdraw_of(cx, name);
-                self.wire_has_room();
+                self.resume_awaiting();
                 // Those of its requests that wait for a buffer need none to be answered.
                 let requests = &self.requests;
                 self.ready.revive(|slot| {

@@ -7,7 +7,7 @@
 //! ```
 
 use super::RESERVE;
-use super::binding::Pins;
+use super::binding::FromPages;
 use super::channel::{Conn, Cx, Token};
 use super::pinned::{EXTENT_BYTES, FileKey, READ_BYTES_MIN, extents};
 use super::request::{Request, Step};
@@ -31,23 +31,23 @@ impl Conn {
         let (Some(pinned), Some(pinner)) = (&mut cx.pinned, &self.pinner) else { return None };
         let at = request.binding?;
         let binding = self.bindings.get_mut(at)?;
-        if binding.pins == Pins::Never {
+        if binding.from_pages == FromPages::Never {
             return None;
         }
         // What has a digest, or is sealed, passes the processor anyway.
         let file =
             if binding.policy.covers_payload() { return None } else { Arc::clone(binding.file.as_ref()?) };
-        let key = match binding.pins {
-            Pins::Watched(key) => key,
-            Pins::Never | Pins::Viewed => return None,
-            Pins::Unknown => {
-                binding.pins = Pins::Never;
+        let key = match binding.from_pages {
+            FromPages::Watched(key) => key,
+            FromPages::Never | FromPages::Viewed => return None,
+            FromPages::Unknown => {
+                binding.from_pages = FromPages::Never;
                 let stamp = file.stamp().ok().flatten()?;
                 let key = FileKey { device: pinner.id(), file: stamp.file };
                 if !pinned.enter(key) {
                     return None;
                 }
-                binding.pins = Pins::Watched(key);
+                binding.from_pages = FromPages::Watched(key);
                 key
             }
         };

@@ -119,7 +119,8 @@ impl Conn {
             }
         }
         self.withdraw_restricted(cx, restriction.open());
-        self.wire_has_room();
+        // Those that these rules wait for need not wait for the wire: they go through buffers now.
+        self.resume_awaiting();
         let before = self.admitted;
         let pinned = self.pinned_begun;
         let progress = self.restrict_progress(restriction.open(), before, pinned);

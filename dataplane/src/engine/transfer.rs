@@ -332,9 +332,10 @@ impl Conn {
             self.fetching = 0;
             return self.give(buffer);
         };
-        self.fetching = self.fetching.saturating_sub(self.piece(cx, &request, piece));
+        let length = self.piece(cx, &request, piece);
+        self.fetching = self.fetching.saturating_sub(length);
+        let length = length as usize;
         request.fetches = request.fetches.saturating_sub(1);
-        let length = self.piece(cx, &request, piece) as usize;
         let open = self.phase == Phase::Open;
         let Some(binding) = request.binding.and_then(|name| self.bindings.get_mut(name)) else {
             return self.give(buffer);

@@ -1,4 +1,4 @@
-//! Files that are mapped, so that long reads over tcp are sent from there: no buffer, and one copy instead of two.
+//! Files that are mapped, so that long reads over tcp are sent from there: one copy instead of two.
 //!
 //! ```text
 //!   piece of a long read ─► its extent: mapped already, or now, if there is room ─► all pages in memory? ── yes ─► sent, at once
@@ -20,7 +20,7 @@
 
 use super::ConnKey;
 use super::backend::{FileIo, Progress};
-use super::binding::{BindingRef, Pins};
+use super::binding::{BindingRef, FromPages};
 use super::channel::{Conn, Cx, Token};
 use super::pinned::READ_BYTES_MIN;
 use super::pinner::Job;
@@ -38,9 +38,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 /// What is mapped or let go at once, bytes; extents begin at multiples of it.
-const EXTENT_BYTES: u64 = EXTENT as u64;
 const EXTENT: usize = 16 << 20;
-
+const EXTENT_BYTES: u64 = EXTENT as u64;
 /// So far behind the end of a file nothing of it is in memory.
 const BEYOND: u64 = 1 << 30;
 /// Bytes that are given to the socket with one call, at most: the more, the less often who receives wakes up.
@@ -107,11 +106,14 @@ impl Views {
         (conn, binding): (ConnKey, BindingRef),
         file: &dyn FileIo,
         (offset, length): (u64, u64),
-    ) -> Option<(&Arc<FileMapping>, Range<usize>)> {
+    ) -> Option<(Arc<FileMapping>, Range<usize>)> {
         let mapping = self.map(Key { conn, binding, index: offset / EXTENT_BYTES }, file)?;
         let start = usize::try_from(offset % EXTENT_BYTES).ok()?;
         let range = start..start + usize::try_from(length).ok()?;
-        mapping.is_resident(range.clone()).is_ok_and(|resident| resident).then_some((mapping, range))
+        mapping
+            .is_resident(range.clone())
+            .is_ok_and(|resident| resident)
+            .then(|| (Arc::clone(mapping), range))
     }
 
     /// A binding lets its file go.
@@ -188,7 +190,7 @@ impl Conn {
         let at = request.binding?;
         let binding = self.bindings.get_mut(at)?;
         // What has a digest, or is sealed, passes the processor anyway.
-        if binding.pins == Pins::Never || binding.policy.covers_payload() {
+        if binding.from_pages == FromPages::Never || binding.policy.covers_payload() {
             return None;
         }
         if !self.awaits_wire.is_empty() {
@@ -199,33 +201,30 @@ impl Conn {
         request.roundabout = true;
         let file = Arc::clone(binding.file.as_ref()?);
         let there = file.view_length().ok().flatten()?;
-        if binding.pins == Pins::Unknown {
+        if binding.from_pages == FromPages::Unknown {
             let may = Views::may_view(&*file, there).is_ok_and(|may| may);
-            binding.pins = if may { Pins::Viewed } else { Pins::Never };
+            binding.from_pages = if may { FromPages::Viewed } else { FromPages::Never };
         }
         let offset = request.offset + u64::from(request.next);
         let wanted = u64::from(request.length - request.next)
             .min(SENT_BYTES_MAX)
             .min(EXTENT_BYTES - offset % EXTENT_BYTES);
         let count = there.saturating_sub(offset).min(wanted);
-        if self.bindings.get(at)?.pins == Pins::Never || count == 0 {
+        if self.bindings.get(at)?.from_pages == FromPages::Never || count == 0 {
             return None;
         }
         let length = u32::try_from(count).ok()?;
         let remote = request.region.part(request.next, length)?;
-        // Before the view, which has to be looked for in what is changed by taking one.
+        let (view, range) = cx.views.as_mut()?.resident((self.key, at), &*file, (offset, count))?;
+        // For what the socket does not take of a frame.
         let Some(buffer) = self.take(cx) else {
             request.roundabout = false;
             return Some(Some(Step::NoBuffer));
         };
-        let Some((view, range)) = cx.views.as_mut()?.resident((self.key, at), &*file, (offset, count)) else {
-            self.give(buffer);
-            return None;
-        };
         let token = Token::Place { binding: at }.number();
         let mut rest = None;
         let mut fill = |bytes: &mut [u8], done: usize| rest = Some(read_rest(&*file, bytes, offset, done));
-        let part = FilePart { token, view, range, remote, buffer, fill: &mut fill };
+        let part = FilePart { token, view: &view, range, remote, buffer, fill: &mut fill };
         let placed = self.transport.place_view(part);
         self.unpolled = true;
         let sent = match placed {
@@ -280,8 +279,16 @@ impl Conn {
         self.awaits_wire.push(slot);
     }
 
-    /// There may be room again; or it is not to be waited for any more.
-    pub(super) fn wire_has_room(&mut self) {
+    /// The wake descriptor says that the wire takes more.
+    pub(crate) fn wire_takes_more(&mut self, cx: &Cx) {
+        if !self.awaits_wire.is_empty() {
+            self.stuck_by = Some(cx.after(cx.settings.limits.stuck_ms));
+            self.resume_awaiting();
+        }
+    }
+
+    /// Reads that wait for the wire are tried again, in their order.
+    pub(super) fn resume_awaiting(&mut self) {
         while let Some(slot) = self.awaits_wire.pop() {
             self.requeue(slot);
         }

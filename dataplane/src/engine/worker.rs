@@ -183,7 +183,6 @@ impl Worker {
                 self.sleep(&mut events);
                 self.inbox.woke();
                 idle = 0;
-                self.cx.now = Instant::now();
             }
         }
     }
@@ -556,10 +555,8 @@ impl Worker {
             // The descriptors are ours and valid: this cannot go on, and silence would be worse.
             Err(error) => crate::fault::fatal("a worker cannot wait for events", &error),
         }
-        if !events.is_empty() {
-            // Who may go on is given time from now, not from when the worker fell asleep.
-            self.cx.now = Instant::now();
-        }
+        // Who may go on is given time from now, not from when the worker fell asleep.
+        self.cx.now = Instant::now();
         for event in events.iter() {
             let data = event.data.u64();
             if data == INBOX_EVENT {
@@ -570,7 +567,7 @@ impl Worker {
             {
                 let flags = event.flags;
                 if flags.contains(epoll::EventFlags::OUT) {
-                    conn.is_writable(&self.cx);
+                    conn.wire_takes_more(&self.cx);
                 }
                 if !conn.hot {
                     conn.hot = true;

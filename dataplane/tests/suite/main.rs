@@ -21,3 +21,4 @@ mod shortage;
 mod straight;
 mod verbs;
 mod views;
+mod within;

@@ -2,21 +2,17 @@
 //! always what the file has. Over real verbs; see [`crate::common::Server`].
 
 use crate::common::{Client, Open, Server, Told, eventually, pattern};
+use crate::within::as_within;
 use holdfast_dataplane::engine::KernelFile;
-use holdfast_shared::auth::{ChannelIdentity, MacPolicy};
+use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, Status};
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{Restrict, Restricted};
 use holdfast_transport::verbs::{PinnedFile, Pinner};
-use holdfast_transport::{
-    Armed, Capabilities, Channel, ChannelError, Completion, Operation, Placed, RegionDescriptor, Registrar,
-    Rejected, SubmitError,
-};
+use holdfast_transport::{Channel, Completion, Placed, RegionDescriptor, SubmitError};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
-use std::net::SocketAddr;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -190,35 +186,9 @@ struct Held {
 }
 
 impl Channel for Held {
-    fn identity(&self) -> &ChannelIdentity {
-        self.channel.identity()
-    }
-    fn peer(&self) -> SocketAddr {
-        self.channel.peer()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.channel.capabilities()
-    }
-    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
-        self.channel.submit(token, operation)
-    }
+    as_within!(channel);
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
         if self.hold.load(Ordering::SeqCst) == 2 { 0 } else { self.channel.poll(done) }
-    }
-    fn arm(&mut self) -> Armed {
-        self.channel.arm()
-    }
-    fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.channel.wake_fd()
-    }
-    fn close(&mut self) {
-        self.channel.close();
-    }
-    fn ended(&self) -> Option<ChannelError> {
-        self.channel.ended()
-    }
-    fn registrar(&self) -> Arc<dyn Registrar> {
-        self.channel.registrar()
     }
     fn pinner(&self) -> Option<Pinner> {
         self.channel.pinner()

@@ -1,16 +1,11 @@
 //! Buffers, places and bindings run short: who waits, who gives way, and what must not be mixed up then.
 
 use crate::common::{Client, Rig, anyone, eventually, pattern};
-use holdfast_shared::auth::ChannelIdentity;
+use crate::within::as_within;
 use holdfast_shared::types::Status;
 use holdfast_shared::wire::data::Opcode;
 use holdfast_transport::memory::{Faults, pair};
-use holdfast_transport::{
-    Armed, Capabilities, Channel, ChannelError, Completion, Kind, Listener, Operation, Registrar, Rejected,
-    tcp,
-};
-use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use holdfast_transport::{Channel, Completion, Kind, Listener, tcp};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,35 +127,9 @@ fn a_peer_that_only_talks_makes_no_progress() {
 struct Restless(Box<dyn Channel>);
 
 impl Channel for Restless {
-    fn identity(&self) -> &ChannelIdentity {
-        self.0.identity()
-    }
-    fn peer(&self) -> SocketAddr {
-        self.0.peer()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
-    }
-    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
-        self.0.submit(token, operation)
-    }
+    as_within!(0);
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
         self.0.poll(done) + usize::from(self.0.ended().is_none())
-    }
-    fn arm(&mut self) -> Armed {
-        self.0.arm()
-    }
-    fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.0.wake_fd()
-    }
-    fn close(&mut self) {
-        self.0.close();
-    }
-    fn ended(&self) -> Option<ChannelError> {
-        self.0.ended()
-    }
-    fn registrar(&self) -> Arc<dyn Registrar> {
-        self.0.registrar()
     }
 }
 

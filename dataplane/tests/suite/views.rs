@@ -1,20 +1,17 @@
 //! Long reads over tcp, sent straight from mapped files: that they are, within bounds, and that what is read is what the file has.
 
 use crate::common::{Client, Msg, Open, Rig, Told, anyone, eventually, pattern};
+use crate::within::as_within;
 use holdfast_dataplane::engine::{FileIo, KernelFile, Opener, Settings};
-use holdfast_shared::auth::{ChannelIdentity, MacPolicy};
+use holdfast_shared::auth::MacPolicy;
 use holdfast_shared::types::{Access, ByteRange, IoRule, RegionDescriptor, Status};
 use holdfast_shared::wire::data::Opcode;
 use holdfast_shared::wire::link::{Fence, Restrict, Restricted};
-use holdfast_transport::{
-    Armed, Capabilities, Channel, ChannelError, Completion, FilePart, Operation, Registrar, Registration,
-    Rejected, RemoteAccess, ViewPlaced,
-};
+use holdfast_transport::{Channel, Completion, FilePart, Registration, RemoteAccess, ViewPlaced};
 use holdfast_verbs::memory::{Nowait, Region};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -358,35 +355,9 @@ fn what_was_mapped_goes_with_its_binding_whatever_becomes_of_the_file() {
 struct Unwilling(Box<dyn Channel>);
 
 impl Channel for Unwilling {
-    fn identity(&self) -> &ChannelIdentity {
-        self.0.identity()
-    }
-    fn peer(&self) -> SocketAddr {
-        self.0.peer()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
-    }
-    fn submit(&mut self, token: u64, operation: Operation) -> Result<(), Rejected> {
-        self.0.submit(token, operation)
-    }
+    as_within!(0);
     fn poll(&mut self, done: &mut Vec<Completion>) -> usize {
         self.0.poll(done)
-    }
-    fn arm(&mut self) -> Armed {
-        self.0.arm()
-    }
-    fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.0.wake_fd()
-    }
-    fn close(&mut self) {
-        self.0.close();
-    }
-    fn ended(&self) -> Option<ChannelError> {
-        self.0.ended()
-    }
-    fn registrar(&self) -> Arc<dyn Registrar> {
-        self.0.registrar()
     }
     fn places_views(&self) -> bool {
         true
