@@ -9,6 +9,9 @@
 //! Control compares it with a file's time of change: what was changed later was changed by somebody else. The clock is
 //! the precise one, read after the write: the kernel stamps files from a coarser one, which is never ahead. A process that is
 //! killed within a write leaves a time ahead of it, so that its own last write is never taken for somebody else's.
+//!
+//! A worker takes the writes of one turn of a channel for one, so that the clock is asked twice for all of them: where it can't be read
+//! from memory (some virtual machines) each time is a system call, and three for each write were more than all others of it together.
 
 use holdfast_verbs::memory::MappedWord;
 use std::fs::OpenOptions;
@@ -37,34 +40,14 @@ const AHEAD_DIRECT_NS: u64 = 2_000_000_000;
 pub struct LastWrite {
     word: OnceLock<MappedWord>,
     under_way: AtomicU64,
+    /// The latest time at which one has returned.
+    latest: AtomicU64,
 }
 
-/// A write that is about to be made.
+/// A write that is about to be made, or several in a row: to be given back to [`LastWrite::returned`].
+#[derive(Debug)]
 #[must_use]
-pub(crate) struct Writing<'a>(&'a LastWrite);
-
-impl Writing<'_> {
-    /// It has returned. The time, for its binding. No lock, no allocation, no system call.
-    pub(crate) fn returned(self) -> u64 {
-        let Self(LastWrite { word, under_way }) = self;
-        let now = wall_clock_ns();
-        under_way.fetch_sub(1, Ordering::AcqRel);
-        let Some(word) = word.get() else { return now };
-        // The time ahead goes when no write is under way that it is for. One that begins meanwhile has raised it again, and then
-        // this one's word is not taken. The clock is asked once more, as others may have returned after this one's time.
-        loop {
-            let ahead = word.read();
-            if under_way.load(Ordering::Acquire) != 0 {
-                word.raise(now);
-                return now;
-            }
-            let later = wall_clock_ns();
-            if word.replace(ahead, later) {
-                return later;
-            }
-        }
-    }
-}
+pub(crate) struct Writing(());
 
 impl LastWrite {
     /// From now on the file has it. A number in it that lies ahead, from before the clock was set back, becomes the time now:
@@ -87,22 +70,46 @@ impl LastWrite {
         Ok(())
     }
 
-    /// A write is about to be made: to be called before it, and [`Writing::returned`] after it.
-    pub(crate) fn begin(&self) -> Writing<'_> {
+    /// A write is about to be made: to be called before it, and [`LastWrite::returned`] after it.
+    pub(crate) fn begin(&self) -> Writing {
         self.begin_ahead(AHEAD_NS)
     }
 
     /// As [`LastWrite::begin`], past the page cache.
-    pub(crate) fn begin_direct(&self) -> Writing<'_> {
+    pub(crate) fn begin_direct(&self) -> Writing {
         self.begin_ahead(AHEAD_DIRECT_NS)
     }
 
-    fn begin_ahead(&self, ns: u64) -> Writing<'_> {
+    /// It has returned, and so have all that went with it. The time, for their bindings. No lock, no allocation.
+    pub(crate) fn returned(&self, writing: Writing) -> u64 {
+        let Writing(()) = writing;
+        let now = wall_clock_ns();
+        self.latest.fetch_max(now, Ordering::AcqRel);
+        self.under_way.fetch_sub(1, Ordering::AcqRel);
+        let Some(word) = self.word.get() else { return now };
+        // The time ahead goes when no write is under way that it is for. One that begins meanwhile has raised it again, and then
+        // this one's word is not taken.
+        loop {
+            let ahead = word.read();
+            if self.under_way.load(Ordering::Acquire) != 0 {
+                word.raise(now);
+                return now;
+            }
+            // Others may have returned after this one's time; or the clock was set back.
+            let overtaken = self.latest.load(Ordering::Acquire) > now;
+            let time = if overtaken { wall_clock_ns() } else { now };
+            if word.replace(ahead, time) {
+                return time;
+            }
+        }
+    }
+
+    fn begin_ahead(&self, ns: u64) -> Writing {
         self.under_way.fetch_add(1, Ordering::AcqRel);
         if let Some(word) = self.word.get() {
             word.raise(wall_clock_ns().saturating_add(ns));
         }
-        Writing(self)
+        Writing(())
     }
 }
 
@@ -126,15 +133,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = last_write_path(&directory.path().join("link.sock"));
         let last = LastWrite::default();
-        let before = last.begin().returned();
+        let before = last.returned(last.begin());
         last.keep_in(&path).unwrap();
         assert_eq!(content(&path), 0);
         let (first, second) = (last.begin(), last.begin());
         let ahead = content(&path);
         assert!(ahead > wall_clock_ns(), "what is under way is covered: a kill within it leaves this");
-        first.returned();
+        last.returned(first);
         assert!(content(&path) >= ahead, "and stays so while another is");
-        let written = second.returned();
+        let written = last.returned(second);
         assert!(written >= before && content(&path) == written);
         drop(last);
         let next = LastWrite::default();
@@ -152,7 +159,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..20_000 {
-                        let written = last.begin().returned();
+                        let written = last.returned(last.begin());
                         // A moment for another to do its worst, of another length each time.
                         (0..written % 64).for_each(|_| std::hint::spin_loop());
                         let kept = last.word.get().unwrap().read();

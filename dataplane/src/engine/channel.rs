@@ -26,6 +26,7 @@ use super::request::{Request, Step};
 use super::restrict::Restricting;
 use super::storage::StorageSender;
 use super::views::Views;
+use super::written::Written;
 use super::{CREDITS_UNBOUND, ConnKey, ControlPort, RESERVE, SPARE, Settings};
 use crate::gauges::Gauges;
 use crate::last_write::LastWrite;
@@ -166,6 +167,7 @@ pub(crate) struct Conn {
     /// Places from files submitted and completed ever: the device reads the pages in between.
     pub(super) pinned_begun: u64,
     pub(super) pinned_ended: u64,
+    pub(super) written: Written,
     pub(super) storage_ops: usize,
     pub(super) maps: ChannelMaps,
     /// Bulk buffers it has.
@@ -174,7 +176,7 @@ pub(crate) struct Conn {
     pub(super) fetching: u32,
     pub(super) stuck_by: Option<Instant>,
     /// Since the last completion: no room at the transport.
-    blocked: bool,
+    pub(super) blocked: bool,
     pub(super) unpolled: bool,
     // For the worker's lists.
     pub(crate) hot: bool,
@@ -230,6 +232,7 @@ impl Conn {
             placed: Vec::new(),
             pinned_begun: 0,
             pinned_ended: 0,
+            written: Written::default(),
             storage_ops: 0,
             maps: ChannelMaps::default(),
             held: 0,
@@ -264,6 +267,7 @@ impl Conn {
             self.free_slots.push(u16::try_from(slot).unwrap_or(u16::MAX));
         }
         self.ready.reserve(want.max(have));
+        self.written.reserve(STEPS_PER_TURN);
         self.awaits_wire.reserve(want);
     }
 
@@ -325,6 +329,7 @@ impl Conn {
         for completion in done.drain(..) {
             self.complete(cx, completion);
         }
+        self.settle_writes(cx);
         if self.phase != Phase::Closed {
             if let Some(why) = self.transport.ended() {
                 tracing::debug!(peer = %self.peer, %why, "channel ended");
@@ -492,9 +497,13 @@ impl Conn {
                 return;
             }
         }
-        if self.phase != Phase::Open {
-            return;
+        if self.phase == Phase::Open {
+            self.steps(cx);
+            self.answer_writes(cx);
         }
+    }
+
+    fn steps(&mut self, cx: &mut Cx) {
         let mut bytes = 0;
         for _ in 0..STEPS_PER_TURN {
             let Some(slot) = self.ready.next() else { return };

@@ -82,6 +82,7 @@ impl Conn {
 
     /// Completes the drains of bindings of which nothing is under way any more.
     pub(super) fn finish_drains(&mut self, cx: &mut Cx) {
+        self.settle_writes(cx);
         for slot in 0..=u8::MAX {
             let Some(binding) = self.bindings.at_mut(slot) else { break };
             let State::Draining { drain, .. } = binding.state else { continue };
@@ -110,6 +111,7 @@ impl Conn {
 
     /// At the channel's end: nothing is under way, so every binding is gone.
     pub(super) fn release_bindings(&mut self, cx: &mut Cx) {
+        self.settle_writes(cx);
         for slot in 0..=u8::MAX {
             let Some(binding) = self.bindings.at_mut(slot) else { break };
             let drain = match binding.state {

@@ -17,6 +17,7 @@
 //! | `binding` | keys and state of the bindings of a channel |
 //! | `request` | one request, from its checks to its reply |
 //! | `transfer` | the bytes of reads and writes |
+//! | `written` | when the writes of a turn returned, and their answers |
 //! | `filled` | pieces of a read on their way from the disk |
 //! | `place`, `pinned`, `pinner` | long reads straight from pages that are pinned for the device |
 //! | `views` | long reads straight from a mapping, over tcp |
@@ -63,6 +64,7 @@ mod straight;
 mod transfer;
 mod views;
 mod worker;
+mod written;
 
 pub use backend::{FileIo, KernelFile, Opener, status_of};
 pub use bind::Redemption;

@@ -284,6 +284,10 @@ impl Conn {
             }
         }
         let step = match request.answer {
+            Some(_) if request.ask == Ask::Write && self.written.is_open() => {
+                self.written.answer_later(slot);
+                Step::Next
+            }
             Some((status, count)) => {
                 if self.room(1) && self.can_reply() {
                     self.reply(cx, slot, &request, status, count, None);

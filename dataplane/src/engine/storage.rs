@@ -14,7 +14,7 @@ use super::inbox::Inbox;
 use super::latch::Latch;
 use super::ring::StorageRing;
 use crate::gauges::Gauges;
-use crate::last_write::{LastWrite, Writing};
+use crate::last_write::LastWrite;
 use crate::limiter::Limiter;
 use crossbeam::queue::ArrayQueue;
 use holdfast_shared::types::Status;
@@ -117,7 +117,7 @@ fn run(mut job: Job, last_write: &LastWrite, gauges: &Gauges) -> Done {
         }
         (_, None) => failed = Some(io::ErrorKind::InvalidInput.into()),
     }
-    let written_ns = writing.map_or(0, Writing::returned);
+    let written_ns = writing.map_or(0, |writing| last_write.returned(writing));
     let progress = match failed {
         None => Progress::Complete(done),
         Some(error) => Progress::Failed(done, failed_with(&error)),

@@ -53,20 +53,16 @@ impl Conn {
 
     /// The next piece of a write. False: the usual way.
     pub(super) fn write_straight(&mut self, cx: &mut Cx, request: &mut Request, bytes: &mut usize) -> bool {
-        let Some(file) = self.may_go_straight(request) else { return false };
+        let (Some(file), Some(by)) = (self.may_go_straight(request), request.binding) else { return false };
         let length = self.piece(cx, request, request.next);
         let Some(remote) = request.region.part(request.next, length) else { return false };
         let at = request.offset + u64::from(request.next);
-        let (mut progress, mut ns) = (Progress::Partial(0), None);
-        let last_write = &cx.last_write;
+        let mut progress = Progress::Partial(0);
+        let (written, last_write) = (&mut self.written, &cx.last_write);
         self.transport.reach(remote, Kind::Fetch, &mut |from| {
-            let writing = last_write.begin();
+            written.begin(last_write, by);
             progress = as_far(from.len(), |done| file.write_from_now(from, done, at + done as u64));
-            ns = Some(writing.returned());
         });
-        if let Some(ns) = ns {
-            self.written(request.binding, ns);
-        }
         let (done, whole) = match progress {
             // A file takes what it is given, or says why not: what was short is tried again.
             Progress::Complete(done) => (done, done == length as usize),

@@ -11,7 +11,6 @@
 //! buffer can always finish. Reads go piece by piece, so that no byte past the count is ever placed.
 
 use super::backend::{Progress, read_now, write_now};
-use super::binding::BindingRef;
 use super::channel::{Conn, Cx, Phase, Token};
 use super::filled::{AHEAD, Piece};
 use super::request::{Request, Step};
@@ -224,6 +223,7 @@ impl Conn {
             request.answer = Some((Status::NotBound, 0));
             return Step::Again;
         };
+        let by = binding.name();
         let payload = request.payload.clone();
         *bytes += payload.len();
         let checked = binding.payload_in.check(
@@ -248,11 +248,8 @@ impl Conn {
             (Err(_), _) => Progress::Failed(0, Status::Integrity),
             (Ok(()), None) => Progress::Failed(0, Status::Fenced),
             (Ok(()), Some(file)) => {
-                let writing = cx.last_write.begin();
-                let progress = write_now(&**file, &message[payload.clone()], request.offset);
-                let ns = writing.returned();
-                self.written(request.binding, ns);
-                progress
+                self.written.begin(&cx.last_write, by);
+                write_now(&**file, &message[payload.clone()], request.offset)
             }
         };
         match progress {
@@ -352,10 +349,8 @@ impl Conn {
                 match binding.payload_in.check(request.sequence, data, request.digest.as_ref()) {
                     Err(_) => Progress::Failed(0, Status::Integrity),
                     Ok(()) => {
-                        let writing = cx.last_write.begin();
-                        let progress = write_now(&**file, data, request.offset + u64::from(piece));
-                        binding.last_write_ns = writing.returned();
-                        progress
+                        self.written.begin(&cx.last_write, binding.name());
+                        write_now(&**file, data, request.offset + u64::from(piece))
                     }
                 }
             }
@@ -373,13 +368,6 @@ impl Conn {
         self.requests[usize::from(slot)] = Some(request);
         if open {
             self.requeue(slot);
-        }
-    }
-
-    /// A write of the binding has returned, at this time. One that failed may have moved the file's times as well.
-    pub(super) fn written(&mut self, binding: Option<BindingRef>, ns: u64) {
-        if let Some(binding) = binding.and_then(|name| self.bindings.get_mut(name)) {
-            binding.last_write_ns = ns;
         }
     }
 
