@@ -22,3 +22,4 @@ mod straight;
 mod verbs;
 mod views;
 mod within;
+mod written;
