@@ -63,12 +63,15 @@ impl Conn {
     pub(super) fn answer_writes(&mut self, cx: &mut Cx) {
         self.settle_writes(cx);
         let mut slots = std::mem::take(&mut self.written.unanswered);
-        for slot in slots.drain(..) {
-            if self.phase == Phase::Open && self.step(cx, slot, &mut 0) == Step::NoRoom {
-                self.ready.again(slot);
-                self.blocked = true;
-            }
+        let answered = slots
+            .iter()
+            .take_while(|slot| self.phase == Phase::Open && self.step(cx, **slot, &mut 0) != Step::NoRoom);
+        let answered = answered.count();
+        if self.phase == Phase::Open && answered < slots.len() {
+            slots.drain(answered..).rev().for_each(|slot| self.ready.again(slot));
+            self.blocked = true;
         }
+        slots.clear();
         self.written.unanswered = slots;
     }
 }

@@ -1,14 +1,10 @@
 //! Channels of tests that differ from another channel in a thing or two.
 
-/// What such a channel leaves to the one within it, its field of that name: all but `poll`, and what has a default.
+/// What such a channel leaves to the one within it, its field of that name: all but `poll`, and what has a default; with `@most`
+/// also all but `submit` and `capabilities`.
 macro_rules! as_within {
     ($within:tt) => {
-        fn identity(&self) -> &holdfast_shared::auth::ChannelIdentity {
-            self.$within.identity()
-        }
-        fn peer(&self) -> std::net::SocketAddr {
-            self.$within.peer()
-        }
+        crate::within::as_within!(@most $within);
         fn capabilities(&self) -> holdfast_transport::Capabilities {
             self.$within.capabilities()
         }
@@ -18,6 +14,14 @@ macro_rules! as_within {
             operation: holdfast_transport::Operation,
         ) -> Result<(), holdfast_transport::Rejected> {
             self.$within.submit(token, operation)
+        }
+    };
+    (@most $within:tt) => {
+        fn identity(&self) -> &holdfast_shared::auth::ChannelIdentity {
+            self.$within.identity()
+        }
+        fn peer(&self) -> std::net::SocketAddr {
+            self.$within.peer()
         }
         fn arm(&mut self) -> holdfast_transport::Armed {
             self.$within.arm()
