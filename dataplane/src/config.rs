@@ -176,7 +176,7 @@ impl Default for VerbsConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineConfig {
-    /// Worker threads; a channel stays on one of them. Default 0: half of the processors, 1 to 8.
+    /// Worker threads; a channel stays on one of them. Default 0: one for each processor, 8 at most.
     pub workers: usize,
     /// Threads that may wait for storage. Default 4.
     pub storage_threads: usize,
@@ -239,7 +239,7 @@ impl EngineConfig {
     /// The number of workers, with the default resolved.
     pub fn worker_count(&self) -> usize {
         match self.workers {
-            0 => (std::thread::available_parallelism().map_or(1, usize::from) / 2).clamp(1, 8),
+            0 => std::thread::available_parallelism().map_or(1, usize::from).min(8),
             n => n,
         }
     }

@@ -29,7 +29,7 @@ pub fn last_write_path(link: &Path) -> PathBuf {
     link.with_file_name(FILE)
 }
 
-/// How long after its begin a write may still change a file's times. What somebody else does within it, after a write that
+/// How long after its begin a write, or a turn of them, may still change a file's times. What somebody else does within it, after a write that
 /// did not return because both planes died, is not told from that write.
 const AHEAD_NS: u64 = 100_000_000;
 /// The same for a write past the page cache, which may wait for others at the disk before it stamps the file.
@@ -96,8 +96,14 @@ impl LastWrite {
                 return now;
             }
             // Others may have returned after this one's time; or the clock was set back.
-            let overtaken = self.latest.load(Ordering::Acquire) > now;
-            let time = if overtaken { wall_clock_ns() } else { now };
+            let time = if self.latest.load(Ordering::Acquire) > now {
+                let time = wall_clock_ns();
+                // Before it is in the word: who finds it there and has an earlier one must not put that in its place.
+                self.latest.fetch_max(time, Ordering::AcqRel);
+                time
+            } else {
+                now
+            };
             if word.replace(ahead, time) {
                 return time;
             }
@@ -107,7 +113,7 @@ impl LastWrite {
     fn begin_ahead(&self, ns: u64) -> Writing {
         self.under_way.fetch_add(1, Ordering::AcqRel);
         if let Some(word) = self.word.get() {
-            word.raise(wall_clock_ns().saturating_add(ns));
+            word.raise_anew(wall_clock_ns().saturating_add(ns));
         }
         Writing(())
     }

@@ -170,7 +170,7 @@ const CONTROL_TUNING: &str = "
 /// The same for dataplane's engine and limits.
 const DATAPLANE_TUNING: &str = "
 [engine]
-# Worker threads; 0: half of the processors. A channel stays on one of them.
+# Worker threads; 0: one for each processor, 8 at most. A channel stays on one of them.
 #workers = 0
 # Threads that may wait for storage.
 #storage_threads = 4

@@ -96,7 +96,7 @@ pub(crate) struct Binding {
     pub(crate) latch: Arc<Latch>,
     /// What its I/O may not touch, and the version of that.
     pub(crate) rules: Rules,
-    /// When it last wrote, or tried to; see [`crate::last_write`].
+    /// When the turn was over in which it last wrote, or tried to; see [`crate::last_write`].
     pub(crate) last_write_ns: u64,
     /// Places and fetches in flight.
     pub(crate) transport_ops: u32,

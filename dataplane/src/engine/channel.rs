@@ -267,7 +267,7 @@ impl Conn {
             self.free_slots.push(u16::try_from(slot).unwrap_or(u16::MAX));
         }
         self.ready.reserve(want.max(have));
-        self.written.reserve(STEPS_PER_TURN);
+        self.written.reserve(STEPS_PER_TURN, want);
         self.awaits_wire.reserve(want);
     }
 

@@ -22,10 +22,10 @@ pub(crate) struct Written {
 }
 
 impl Written {
-    /// Makes room for so many requests in a turn.
-    pub(super) fn reserve(&mut self, requests: usize) {
+    /// Makes room for so many requests in a turn, and bindings that write in one or in a poll.
+    pub(super) fn reserve(&mut self, requests: usize, bindings: usize) {
         self.unanswered.reserve(requests);
-        self.by.reserve(requests);
+        self.by.reserve(bindings);
     }
 
     /// A write of that binding is about to be made.
@@ -72,6 +72,7 @@ impl Conn {
             self.blocked = true;
         }
         slots.clear();
+        debug_assert!(self.written.unanswered.is_empty(), "nothing is written by an answer");
         self.written.unanswered = slots;
     }
 }

@@ -52,6 +52,13 @@ impl MappedWord {
         let _ = self.word().fetch_update(Ordering::AcqRel, Ordering::Acquire, higher);
     }
 
+    /// Makes it `number`, or one more than it is if that is as high already: afterwards it is another in any case, which whoever has read
+    /// it before [does not replace](Self::replace).
+    pub fn raise_anew(&self, number: u64) {
+        let higher = |old: u64| Some(u64::from_le(old).saturating_add(1).max(number).to_le());
+        let _ = self.word().fetch_update(Ordering::AcqRel, Ordering::Acquire, higher);
+    }
+
     /// Makes it `number`, if it still is `old`. True if so.
     pub fn replace(&self, old: u64, number: u64) -> bool {
         self.word().compare_exchange(old.to_le(), number.to_le(), Ordering::AcqRel, Ordering::Acquire).is_ok()
@@ -86,6 +93,9 @@ mod tests {
         word.raise(5);
         assert_eq!(content(&file), 0x0102_0304_0506_0708);
         assert!(!word.replace(5, 6), "it is another by now");
+        word.raise_anew(9);
+        assert_eq!(content(&file), 0x0102_0304_0506_0709, "another, though it was higher");
+        word.set(0x0102_0304_0506_0708);
         assert!(word.replace(0x0102_0304_0506_0708, 7) && content(&file) == 7);
         word.set(5);
         assert_eq!(content(&file), 5);
