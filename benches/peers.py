@@ -2,10 +2,11 @@
 """Part of benches/peers: takes results apart, and makes the tables and the plot of them.
 
     peers.py extract fio|holdfast|qemu SERIES FILE CPU-US [TRANSPORT | COUNT]
+    peers.py together SERIES FILE...
     peers.py table DIR [--readme README.md]
 
 `extract` prints lines for samples.tsv: series <tab> unit <tab> value; CPU-US is what was used of the processor, of the server
-natively, and of the whole guest over verbs. `table` reads DIR/{native,verbs}/samples.tsv and
+natively, and of the whole guest over verbs; `together` makes them of several results of `holdfast bench` that ran at the same time. `table` reads DIR/{native,verbs}/samples.tsv and
 writes DIR/peers.md, DIR/peers.json and, if there is matplotlib, DIR/peers.png; --readme puts the first between the
 markers of README.md and the plot beside it.
 
@@ -56,6 +57,8 @@ for name in ("NFS/RDMA", "NVMe-oF/RDMA"):
     for depth in (1, 16):
         ROWS.append(Row("verbs", f"read, 4 KiB, depth {depth}", f"holdfast verbs, {SMALL} {depth}", "IOPS",
                         name, f"{name}, {SMALL} {depth}", ">= 2"))
+ROWS.append(Row("verbs", "read, 4 KiB, 8 clients of 16, a process each", f"holdfast verbs, {SMALL} 16, 8 clients", "IOPS",
+                "1 client of 16", f"holdfast verbs, {SMALL} 16", ">= 0.8"))
 for name in ("NFS/RDMA", "NVMe-oF/RDMA"):
     for way in ("read", "write"):
         ROWS.append(Row("verbs", f"{way}, 1 MiB, depth 8", f"holdfast verbs, {way} {BULK}", "MiB/s",
@@ -137,6 +140,21 @@ def extract(kind, series, path, cpu, more=None):
         out.pop(("CPU", "us"))
     for (what, unit), value in out.items():
         print(f"{series}{', ' + what if what else ''}\t{unit}\t{value:.6g}")
+
+
+def together(series, paths):
+    """Lines of samples.tsv from results of `holdfast bench` that ran at the same time."""
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    for r in results:
+        if r["transport"] != "verbs":
+            sys.exit(f"{series}: it went over {r['transport']}: {r['fallback']}")
+    rates = [r["iops"] for r in results]
+    mean = sum(rates) / len(rates)
+    p99 = max(r["latency_ns"]["p99"] for r in results)
+    for what, unit, value in (("", "IOPS", sum(rates)), (", p99 at most", "us", p99 / 1e3),
+                              (", least of the clients / mean", "x", min(rates) / mean),
+                              (", most of the clients / mean", "x", max(rates) / mean)):
+        print(f"{series}{what}\t{unit}\t{value:.6g}")
 
 
 def number(x):
@@ -300,6 +318,8 @@ def main():
     match sys.argv[1:]:
         case ["extract", kind, series, path, cpu, *more] if len(more) <= 1:
             extract(kind, series, path, cpu, *more)
+        case ["together", series, path, *more]:
+            together(series, [path, *more])
         case ["table", root]:
             table(root)
         case ["table", root, "--readme", readme]:
