@@ -29,6 +29,8 @@ missing() {
 	return 1
 }
 
+is_uml() { grep -q 'User Mode Linux' /proc/cpuinfo; }
+
 until_there() { # SECONDS COMMAND...
 	local left=$(($1 * 10))
 	shift
@@ -43,6 +45,8 @@ holdfast_start() {
 	local home=$work/home listen serve
 	"$programs/holdfast" init --dir "$home" --volume "data=$share" --address "$1" --port 0 >/dev/null
 	printf '\n[map]\nenabled = true\n' >>"$home/dataplane.toml"
+	# User-Mode Linux runs one thread of a process at a time: a second worker would only keep the first one waiting.
+	! is_uml || sed -i 's/^#workers = 0/workers = 1/' "$home/dataplane.toml"
 	[ -z "${holdfast_settings:-}" ] || sed -i "$holdfast_settings" "$home/control.toml"
 	"$programs/holdfast" serve --json --dir "$home" >"$work/serve.out" 2>"$work/serve.log" </dev/null &
 	serve=$!
