@@ -111,7 +111,6 @@ impl Conn {
 
     /// At the channel's end: nothing is under way, so every binding is gone.
     pub(super) fn release_bindings(&mut self, cx: &mut Cx) {
-        self.settle_writes(cx);
         for slot in 0..=u8::MAX {
             let Some(binding) = self.bindings.at_mut(slot) else { break };
             let drain = match binding.state {
